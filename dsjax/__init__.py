@@ -1,0 +1,1 @@
+"""DeepSeek-V3 and R1 in JAX and Flax."""

@@ -1,0 +1,227 @@
+"""Reading safetensors: headers that are believed only after they are checked, tensors as views.
+
+A file is eight bytes of length, a JSON header of that length, and the tensors' bytes. What a header
+says decides what is read from where, so everything is checked against the file's size before it is
+used. The format's own library accepts duplicate keys, the last one silently winning; this does not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dsjax.config import one_line
+from dsjax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the format's own library; DeepSeek-R1's largest header has some 80,000 bytes."""
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as its header describes it; `start` is counted in bytes from the file's begin."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read(self) -> np.ndarray:
+        """The tensor as a read-only view of the file: only what is looked at enters memory."""
+        return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape).view(
+            np.ndarray
+        )
+
+
+def read_folder(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder that holds `model.safetensors`, or shards and their index.
+
+    Raises:
+        UserError: there are no weights, a header is damaged, the index and the headers disagree,
+            or a shard's name leads out of the folder.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise UserError(f"{folder}: has both {SINGLE} and {INDEX}; remove the one that is stale")
+    if single.is_file():
+        return read_header(single)
+    if not index.is_file():
+        raise UserError(f"{folder}: no weights; expected {SINGLE} or {INDEX} with its shards")
+    return _read_shards(folder, _read_index(index))
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one file, by name.
+
+    Raises:
+        UserError: the file cannot be read, is truncated, or its header is not what the format
+            promises: unique names, known dtypes, and byte ranges that fit the shapes and cover the
+            file from the header to its end without gap or overlap.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise UserError(
+                    f"{file}: its header claims {length} bytes, the limit is {MAX_HEADER_BYTES}; "
+                    "this is no safetensors file, or a damaged one"
+                )
+            if size < 8 + length:
+                raise UserError(
+                    f"{file}: truncated: {size} bytes, but its header alone takes {8 + length}; "
+                    "fetch it again"
+                )
+            header = parse_json(stream.read(length), str(file))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
+    header.pop("__metadata__", None)
+    entries, ranges = {}, []
+    for name, described in header.items():
+        if not name.isprintable():
+            raise UserError(f"{file}: {name!r}: a tensor's name is printable text")
+        dtype, shape, begin, end = _parse_entry(described, f"{file}: {name}")
+        entries[name] = Entry(file, dtype, shape, 8 + length + begin)
+        ranges.append((begin, end, name))
+    _check_ranges(ranges, size - 8 - length, file)
+    return entries
+
+
+def parse_json(text: bytes, source: str) -> dict[str, Any]:
+    """One JSON object of UTF-8 bytes, in which no key stands twice.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    try:
+        tree = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not the JSON expected here: {one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: expected a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r} stands twice")
+    return tree
+
+
+def _parse_entry(described: Any, where: str) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, begin and end of one header entry, consistent with each other."""
+    if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{where}: a tensor is described by dtype, shape and data_offsets")
+    dtype, shape, offsets = (described[key] for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UserError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise UserError(f"{where}: shape {shape!r} or data_offsets {offsets!r} are not sizes")
+    begin, end = offsets
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != needed:
+        raise UserError(
+            f"{where}: {dtype} of shape {shape} takes {needed} bytes, but its data_offsets "
+            f"{offsets} hold {end - begin}"
+        )
+    return dtype, tuple(shape), begin, end
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+
+
+def _check_ranges(ranges: list[tuple[int, int, str]], size: int, file: Path) -> None:
+    """Byte ranges must follow one another from 0 to `size`: nothing twice, nothing unnamed."""
+    expected = 0
+    for begin, end, name in sorted(ranges):
+        if begin < expected:
+            raise UserError(f"{file}: {name} begins at byte {begin}, inside the tensor before it")
+        if begin > expected:
+            raise UserError(
+                f"{file}: bytes {expected} to {begin}, before {name}, belong to nothing"
+            )
+        expected = end
+    if expected > size:
+        raise UserError(
+            f"{file}: truncated: its tensors take {expected} bytes, the file has {size}; "
+            "fetch it again"
+        )
+    if expected < size:
+        raise UserError(f"{file}: {size - expected} bytes at its end belong to no tensor")
+
+
+def _read_index(index: Path) -> dict[str, set[str]]:
+    """The tensors that the index puts in each shard; a shard is a plain name in this folder."""
+    try:
+        tree = parse_json(index.read_bytes(), str(index))
+    except OSError as error:
+        raise UserError(f"{index}: cannot be read: {one_line(error)}") from error
+    weight_map = tree.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: expected a weight_map from tensor names to file names")
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+            raise UserError(
+                f"{index}: {name} lies in {shard!r}; a shard is the name of a file in this folder"
+            )
+        shards.setdefault(shard, set()).add(name)
+    return shards
+
+
+def _read_shards(folder: Path, shards: dict[str, set[str]]) -> dict[str, Entry]:
+    """Headers of all shards, which must list the very tensors that the index puts there."""
+    entries: dict[str, Entry] = {}
+    for shard, promised in sorted(shards.items()):
+        header = read_header(folder / shard)
+        if absent := sorted(promised - header.keys()):
+            raise UserError(
+                f"{folder / INDEX}: says that {shard} holds {absent[0]}, but it does not "
+                f"({len(absent)} such tensors)"
+            )
+        if unlisted := sorted(header.keys() - promised):
+            raise UserError(
+                f"{folder / shard}: holds {unlisted[0]}, but {INDEX} does not say so "
+                f"({len(unlisted)} such tensors)"
+            )
+        entries |= header
+    return entries

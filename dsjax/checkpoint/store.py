@@ -1,0 +1,256 @@
+"""The training checkpoints of one run: asynchronous, atomic, and checked before they are used.
+
+A complete step is a folder that got its name by one `rename`, after everything in it was on disk:
+
+    folder/00000120/state/          every array, as orbax writes it (OCDBT)
+    folder/00000120/extra.json      what is not an array: iterator, fingerprints, tokens seen
+    folder/00000120/manifest.json   digest of every file, shape and dtype of every array
+    folder/00000121.tmp-1f9a03c2/   a save that is under way, or was killed: never a checkpoint
+    folder/00000060.old/            a step that is being deleted: no longer a checkpoint
+
+Assumes that one run owns the folder, and that one process owns all arrays. With several processes
+orbax's barriers already cover `state/`; process 0 alone would then have to choose the `.tmp` name
+and to do what follows orbax in `_complete`, with a barrier after it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from dsjax.checkpoint.manifest import (
+    MANIFEST,
+    DamagedError,
+    Leaves,
+    flush_directory,
+    verify,
+    write_manifest,
+)
+from dsjax.config import one_line
+from dsjax.errors import UserError
+
+Leaf = TypeVar("Leaf", jax.Array, jax.ShapeDtypeStruct)
+
+logger = logging.getLogger(__name__)
+
+# What orbax logs of a failed save, some 200 lines, is said in one line here and raised in `wait`.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+class CheckpointStore:
+    """The checkpoints of one run, the newest `keep` of them, under `folder`.
+
+    Use it in `contextlib.closing`: a program that ends without `wait` or `close` loses the save
+    that is under way. Raises `UserError` when nothing can be written in `folder`; removes what a
+    killed run left unfinished there.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder.absolute()
+        self._keep = keep
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+            self._remove_leftovers()
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot hold checkpoints ({error.strerror}); "
+                "choose a directory that can be written"
+            ) from error
+        # Weights hardly compress (8% by zstd), and trying takes CPU time from the training step.
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, state: PyTree[jax.Array], extra: dict[str, Any]) -> None:
+        """Start saving `state` and `extra` as `step`; the rest happens in the background.
+
+        On return the arrays of `state` may be donated: they have been copied to the host (on a CPU,
+        where the host's memory is the device's, jax copies a buffer that is donated while it is
+        being saved). Leaves are arrays, random keys included; `extra` is anything JSON can hold.
+        A save waits for the one before it and raises if that one failed. A step that exists is
+        replaced; steps above `step` are of a future that the run left when it resumed below them,
+        and are deleted with those that `keep` no longer covers.
+        """
+        self.wait()
+        arrays = _name_leaves(state)
+        leaves = _describe(arrays)
+        extra_json = json.dumps(extra)
+        # A name of its own, so that nothing a failed save still writes gets into the next one.
+        partial = self._folder / f"{step:08d}.tmp-{secrets.token_hex(4)}"
+        # orbax refuses arrays without elements; the manifest alone can bring those back.
+        stored = {name: array for name, array in arrays.items() if array.size}
+        self._orbax.save(partial / "state", args=ocp.args.PyTreeSave(stored))
+        self._pending = self._worker.submit(self._complete, step, partial, leaves, extra_json)
+
+    def wait(self) -> None:
+        """Return once the save that was asked for is complete; raise if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def steps(self) -> list[int]:
+        """The complete steps, oldest first. What is in them is checked by `restore`."""
+        return [step for step in self._all_steps() if (self._path(step) / MANIFEST).is_file()]
+
+    def restore(
+        self, abstract_state: PyTree[jax.ShapeDtypeStruct], step: int | None = None
+    ) -> tuple[int, PyTree[jax.Array], dict[str, Any]] | None:
+        """The newest sound checkpoint, or that of `step`, as `(step, state, extra)`.
+
+        Every leaf of `abstract_state` carries a sharding, on any mesh: the arrays are placed there.
+        All digests are checked before anything is read. A damaged newest step is skipped with a
+        warning and the one before is used. None when there is no checkpoint at all.
+        Raises `UserError` when every candidate is damaged, when there is no `step`, or when the
+        leaves are those of another model.
+        """
+        self.wait()
+        candidates = self._all_steps()
+        if step is not None:
+            if step not in candidates:
+                raise UserError(f"{self._folder}: there is no step {step}; choose of {candidates}")
+            candidates = [step]
+        damages: list[str] = []
+        while candidates:
+            newest = candidates.pop()
+            try:
+                saved = verify(self._path(newest), newest)
+            except DamagedError as damage:
+                damages.append(f"step {newest} is damaged: {damage}")
+                if candidates:
+                    told = f"{self._folder}: {damages[-1]}; falling back to step {candidates[-1]}"
+                    logger.warning(told)
+            else:
+                return newest, *self._read(self._path(newest), saved, abstract_state)
+        if damages:
+            raise UserError(
+                f"{self._folder}: no sound checkpoint ({'; '.join(damages)}); "
+                "bring the files back from a copy, or start in an empty directory"
+            )
+        return None
+
+    def close(self) -> None:
+        """Wait for the save under way, then release the threads; raise if the save failed."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._orbax.close()
+
+    def _complete(self, step: int, partial: Path, leaves: Leaves, extra_json: str) -> None:
+        """Turn what orbax writes into a complete step; runs in the background."""
+        try:
+            self._orbax.wait_until_finished()
+            (partial / "extra.json").write_text(extra_json, encoding="utf-8")
+            write_manifest(partial, step, leaves)
+            if self._path(step).exists():
+                self._retire(step)
+            os.rename(partial, self._path(step))
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            message = f"{self._folder}: step {step} was not saved: {one_line(error)}"
+            # Said at once: a program that never waits would not hear of it.
+            logger.error(message)
+            raise RuntimeError(message) from error
+        flush_directory(self._folder)
+        self._remove_steps_beyond(step)
+
+    def _read(
+        self, path: Path, saved: Leaves, abstract_state: PyTree[jax.ShapeDtypeStruct]
+    ) -> tuple[PyTree[jax.Array], dict[str, Any]]:
+        """State and extra of the sound checkpoint at `path`, whose manifest lists `saved`."""
+        wanted = _name_leaves(abstract_state)
+        _check_same_model(path, saved, _describe(wanted))
+        for name, leaf in wanted.items():
+            if leaf.sharding is None:
+                raise ValueError(f"the abstract leaf {name} has no sharding; give it one")
+        stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
+        arrays = self._orbax.restore(
+            path / "state",
+            args=ocp.args.PyTreeRestore(
+                stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored)
+            ),
+        )
+        for name in wanted.keys() - stored.keys():
+            empty = jnp.zeros(wanted[name].shape, wanted[name].dtype)
+            arrays[name] = jax.device_put(empty, wanted[name].sharding)
+        structure = jax.tree.structure(abstract_state)
+        extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
+        return jax.tree.unflatten(structure, [arrays[name] for name in wanted]), extra
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{step:08d}"
+
+    def _all_steps(self) -> list[int]:
+        """Steps that have their final name, whatever is in them, oldest first."""
+        names = [path.name for path in self._folder.iterdir()]
+        return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
+
+    def _remove_steps_beyond(self, newest: int) -> None:
+        """Delete all steps but `newest` and the `keep - 1` before it."""
+        steps = self._all_steps()
+        kept = [step for step in steps if step <= newest][-self._keep :]
+        for step in steps:
+            if step not in kept:
+                self._retire(step)
+        self._remove_leftovers()
+
+    def _retire(self, step: int) -> None:
+        """Take the name of a step away at once, so that a half deleted step never looks whole."""
+        os.rename(self._path(step), self._path(step).with_suffix(".old"))
+
+    def _remove_leftovers(self) -> None:
+        for path in self._folder.iterdir():
+            if re.fullmatch(r"\d{8,}\.(tmp-[0-9a-f]{8}|old)", path.name):
+                shutil.rmtree(path)
+
+
+def _name_leaves(tree: PyTree[Leaf]) -> dict[str, Leaf]:
+    """Every leaf by its path, such as `params.layers.attn.q_a.value`, in the tree's order."""
+    paths_and_leaves = jax.tree.leaves_with_path(tree)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in paths_and_leaves
+    }
+    if len(named) < len(paths_and_leaves):
+        raise ValueError("two leaves of the state have the same path; rename a key that has a dot")
+    return named
+
+
+def _describe(named: dict[str, Leaf]) -> Leaves:
+    return {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in named.items()
+    }
+
+
+def _check_same_model(path: Path, saved: Leaves, wanted: Leaves) -> None:
+    """Raise `UserError` naming the first leaf that differs, and how many do."""
+    missing = [name for name in wanted if name not in saved]
+    unknown = [name for name in saved if name not in wanted]
+    changed = [name for name in wanted if name in saved and saved[name] != wanted[name]]
+    if not (missing or unknown or changed):
+        return
+    if changed:
+        was, now = saved[changed[0]], wanted[changed[0]]
+        first = f"{changed[0]} is {was['dtype']}{was['shape']}, not {now['dtype']}{now['shape']}"
+    else:
+        first = f"{missing[0]} is not in it" if missing else f"{unknown[0]} is not in this model"
+    raise UserError(
+        f"{path}: a checkpoint of another model: {first} (of {len(wanted)} leaves {len(missing)} "
+        f"missing, {len(changed)} of another shape or dtype, and {len(unknown)} unknown); "
+        "use the configuration it was made with, or another directory"
+    )

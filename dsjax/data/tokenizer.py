@@ -1,0 +1,198 @@
+"""Text to token ids and back: a tokenizer that was given, or one trained on the run's own text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from dsjax.config import one_line
+from dsjax.errors import UserError
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+FIM_BEGIN = "<｜fim▁begin｜>"
+FIM_HOLE = "<｜fim▁hole｜>"
+FIM_END = "<｜fim▁end｜>"
+
+_DIGITS = r"\p{N}{1,3}"
+# A word takes one character before it along (a space, a dot, an underscore); punctuation takes the
+# line's end and the next line's indentation along, all but the blank that its first word takes.
+_CODE = (
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+(?:[\r\n]+[ \t]*(?=[ \t]))?"
+    r"|\s*[\r\n]+[ \t]*(?=[ \t])"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the ids that training needs by name.
+
+    `bos_id`, `eos_id` and the three `fim_*_id` are None where the vocabulary has no such token.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, bos: str | None, eos: str | None):
+        # What a file may set, and what would change a document without a word.
+        backend.no_truncation()
+        backend.no_padding()
+        # A document that spells a special token means its characters, not the token.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.bos_id = _id_of(backend, bos)
+        self.eos_id = _id_of(backend, eos)
+        self.fim_begin_id = backend.token_to_id(FIM_BEGIN)
+        self.fim_hole_id = backend.token_to_id(FIM_HOLE)
+        self.fim_end_id = backend.token_to_id(FIM_END)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` alone: nothing is added, and no special token is read out of it.
+
+        Of the tokens a vocabulary adds, only those its file calls special count as such: bos, eos
+        and fill-in-the-middle do in DeepSeek's, <｜User｜> and <think> do not.
+        """
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def document(self, ids: Sequence[int]) -> Int32[np.ndarray, " N"]:
+        """What one document is to the model: bos, `ids`, eos."""
+        bos, eos = self.document_ends
+        return np.array([bos, *ids, eos], np.int32)
+
+    @property
+    def document_ends(self) -> tuple[int, int]:
+        """The ids around every document: bos and eos, or eos twice where there is no bos.
+
+        Raises `UserError` when there is no eos.
+        """
+        if self.eos_id is None:
+            raise UserError(
+                "the tokenizer names no end-of-sentence token; give eos_token in the "
+                "tokenizer_config.json beside it"
+            )
+        return self.eos_id if self.bos_id is None else self.bos_id, self.eos_id
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._backend.get_vocab().values()) + 1
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer's JSON in canonical form, with its bos and eos."""
+        described = {
+            "tokenizer": json.loads(self._backend.to_str()),
+            "bos": self.bos_id,
+            "eos": self.eos_id,
+        }
+        canonical = json.dumps(described, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, as `load_tokenizer` reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {
+            key: None if token is None else self._backend.id_to_token(token)
+            for key, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id))
+        }
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+        _write(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE of at most `vocab_size` tokens; the same texts give the same one.
+
+    The special tokens have DeepSeek's names: bos is 0, eos 1, then the three of fill-in-the-middle.
+    All 256 bytes are tokens, so that any text can be encoded. Digits are split in threes at most.
+
+    Differs from DeepSeek-V3's: a line's end and the indentation after it may be one token, which
+    takes 6% fewer tokens for Python at 4,096 entries; there is no rule of its own for Chinese.
+    """
+    special = [BOS, EOS, FIM_BEGIN, FIM_HOLE, FIM_END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(special) + len(alphabet)
+    if vocab_size < smallest:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small for a byte-level tokenizer: {len(special)} "
+            f"special tokens and {len(alphabet)} bytes need {smallest}; raise model.vocab_size"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_DIGITS), "isolated"),
+            pre_tokenizers.Split(Regex(_CODE), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, BOS, EOS)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer.json, or the one in a folder.
+
+    A `tokenizer_config.json` beside it names bos and eos; without one, DeepSeek's names are tried.
+    Raises `UserError` when a file is missing or damaged.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"{file}: no such file; expected a tokenizer.json or a folder that holds one"
+        )
+    config = file.with_name("tokenizer_config.json")
+    names = _read_names(config) if config.is_file() else {}
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise UserError(f"{file}: cannot be read as a tokenizer: {one_line(error)}") from None
+    for key, name in names.items():
+        if name is not None and (not isinstance(name, str) or backend.token_to_id(name) is None):
+            raise UserError(f"{config}: {key} is {name!r}, which {file.name} does not hold")
+    return Tokenizer(backend, names.get("bos_token", BOS), names.get("eos_token", EOS))
+
+
+def _read_names(path: Path) -> dict[str, Any]:
+    """`bos_token` and `eos_token`, as far as the file speaks of them; null means there is none."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(config).__name__}")
+    named = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
+    # A token is written as its text, or as an object that holds it under `content`.
+    return {k: t.get("content", t) if isinstance(t, dict) else t for k, t in named.items()}
+
+
+def _id_of(backend: tokenizers.Tokenizer, name: str | None) -> int | None:
+    return None if name is None else backend.token_to_id(name)
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

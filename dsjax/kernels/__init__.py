@@ -1,0 +1,1 @@
+"""One file per kernel: its plain meaning, the version for each backend, and the choice."""

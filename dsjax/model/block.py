@@ -1,0 +1,73 @@
+"""One transformer layer, dense or with experts, in its two ways of running."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.config import ModelConfig
+from dsjax.model.layers import MLP, RMSNorm
+from dsjax.model.mla import MLA, Latent, RotaryTable
+from dsjax.model.moe import MoE, Routing
+from sharding.rules import constrain
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype, *, moe: bool):
+        attn, ffn = jax.random.split(key)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.attn_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.attn = MLA(config, attn, dtype)
+        self.ffn_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        if moe:
+            self.ffn: MoE | MLP = MoE(config, ffn, dtype)
+        else:
+            std = config.initializer_range
+            self.ffn = MLP(ffn, size, config.intermediate_size, std=std, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        table: RotaryTable,
+        segment_ids: Int[Array, "B S"] | None,
+    ) -> tuple[Float[Array, "B S D"], Latent, Routing | None]:
+        """Training and prefill; `Routing` is None for a dense layer."""
+        attended, latent = self.attn.expanded(self.attn_norm(x), table, segment_ids)
+        x, routing = self._feed_forward(x + attended)
+        return x, latent, routing
+
+    def decode(
+        self,
+        x: Float[Array, "B Q D"],
+        table: RotaryTable,
+        cache: Latent,
+        cached: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B Q D"], Latent]:
+        """New tokens over a cache; returns their latents for the caller to keep."""
+        attended, latent = self.attn.absorbed(self.attn_norm(x), table, cache, cached)
+        x, _ = self._feed_forward(x + attended)
+        return x, latent
+
+    def _feed_forward(self, x: Array) -> tuple[Array, Routing | None]:
+        x = constrain(x, "batch", "sequence", "residual")
+        normed = self.ffn_norm(x)
+        if isinstance(self.ffn, MoE):
+            y, routing = self.ffn(normed)
+        else:
+            y, routing = self.ffn(normed), None
+        return constrain(x + y, "batch", "sequence", "residual"), routing
+
+
+def make_stack(config: ModelConfig, key: Array, dtype: jnp.dtype, count: int, *, moe: bool) -> Block | None:
+    """`count` blocks as one, every array with a leading axis, ready to be scanned; None for 0."""
+    if count == 0:
+        return None
+
+    def one(key: Array) -> Block:
+        return Block(config, key, dtype, moe=moe)
+
+    return jax.vmap(one)(jax.random.split(key, count))

@@ -1,0 +1,138 @@
+"""Parameters with logical axes, and the layers that everything is built from.
+
+A weight has the layout of the released file, [out, in], so conversion never transposes one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from sharding.rules import Layout
+
+Tree = TypeVar("Tree")
+
+
+class RouterBias(nnx.Variable[Array]):
+    """State that steers the choice of experts: no gradient, no weight decay, always float32."""
+
+
+def parameter(
+    key: Array, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype: jnp.dtype
+) -> nnx.Param[Array]:
+    """A normally distributed parameter that knows the logical names of its dimensions."""
+    value = std * jax.random.normal(key, shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), axes=axes)
+
+
+def use(weight: nnx.Variable[Array], dtype: DTypeLike) -> Array:
+    """The one way a weight enters a computation: cast to the computation's dtype."""
+    return weight[...].astype(dtype)
+
+
+def variable_axes(variable: nnx.Variable[Any]) -> tuple[str, ...]:
+    """Logical names of all dimensions; a stack of layers has one more than its layer declared."""
+    axes: tuple[str, ...] = variable.get_metadata("axes")
+    return ("layers",) * (len(variable.shape) - len(axes)) + axes
+
+
+def variables(tree: Any) -> list[tuple[str, nnx.Variable[Any]]]:
+    """Every variable of a module with its dotted path, in the order of the tree's leaves."""
+    flat, _ = jax.tree.flatten_with_path(tree, is_leaf=_is_variable)
+    return [(_dotted(path), leaf) for path, leaf in flat if _is_variable(leaf)]
+
+
+def tree_shardings(tree: Tree, layout: Layout) -> Tree:
+    """The same tree with each variable's array replaced by its sharding.
+
+    Raises:
+        UserError: a dimension does not divide over its mesh axes.
+    """
+    leaves = [
+        layout.sharding(variable_axes(variable), variable.shape)
+        for _, variable in variables(tree)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path)
+
+
+class Linear(nnx.Module):
+    """y = W x, without bias. Inputs and outputs may span several dimensions, such as heads."""
+
+    def __init__(
+        self,
+        key: Array,
+        out: dict[str, int],
+        into: dict[str, int],
+        *,
+        std: float,
+        dtype: jnp.dtype,
+    ):
+        """`out` and `into` map logical axis names to sizes: the weight is [*out, *into]."""
+        shape = (*out.values(), *into.values())
+        self.weight = parameter(key, shape, (*out, *into), std, dtype)
+        self.contracted = len(into)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Contract the last dimensions of x with the weight's."""
+        weight = use(self.weight, x.dtype)
+        n = self.contracted
+        mine = tuple(range(x.ndim - n, x.ndim))
+        theirs = tuple(range(weight.ndim - n, weight.ndim))
+        return jax.lax.dot_general(x, weight, ((mine, theirs), ((), ())))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (arXiv:1910.07467), computed in float32."""
+
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype), axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        weight = use(self.weight, jnp.float32)
+        return (x32 * inverse * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A vector for each token id."""
+
+    def __init__(self, key: Array, vocab: int, embed: int, *, std: float, dtype: jnp.dtype):
+        self.weight = parameter(key, (vocab, embed), ("vocab", "embed"), std, dtype)
+
+    def __call__(self, tokens: Array, dtype: jnp.dtype) -> Float[Array, "B S D"]:
+        return use(self.weight, dtype)[tokens]
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv:2002.05202): down(silu(gate x) * up x)."""
+
+    def __init__(self, key: Array, embed: int, width: int, *, std: float, dtype: jnp.dtype):
+        gate, up, down = jax.random.split(key, 3)
+        wide, narrow = {"mlp": width}, {"embed": embed}
+        self.gate = Linear(gate, wide, narrow, std=std, dtype=dtype)
+        self.up = Linear(up, wide, narrow, std=std, dtype=dtype)
+        self.down = Linear(down, narrow, wide, std=std, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def count_parameters(tree: Any) -> int:
+    """Numbers held by a module's variables, router biases included."""
+    return sum(math.prod(variable.shape) for _, variable in variables(tree))

@@ -1,0 +1,257 @@
+"""DeepSeek: embedding, dense layers, expert layers, norm, head, and the MTP modules.
+
+Forward is pure. Layers of one kind are stacked and scanned, so compile time does not grow with
+depth. Cache and expert loads are arguments and results, never hidden state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.config import ModelConfig
+from dsjax.model.block import Block, make_stack
+from dsjax.model.layers import Embedding, Linear, RMSNorm, use
+from dsjax.model.mla import Latent
+from dsjax.model.moe import ExpertStats, expert_stats
+from dsjax.model.mtp import Ahead, make_mtp, reaches, shift
+from dsjax.model.rope import rotary_table
+from sharding.rules import constrain
+
+Remat = Literal["keep_all", "keep_matmuls", "keep_layer_inputs"]
+"""What the backward pass finds in memory; everything else is computed again."""
+
+
+class Cache(NamedTuple):
+    """The latents of every layer, [layers, batch, slots, ...], and how many slots each row fills.
+
+    That is kv_lora_rank + qk_rope_head_dim numbers a token a layer.
+    """
+
+    dense: Latent | None
+    moe: Latent | None
+    lengths: Int[Array, "B"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["model", "tokens", "positions", "segment_ids", "hidden", "load", "balance_loss"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a forward pass gives; logits are made only when asked for."""
+
+    model: DeepSeek
+    tokens: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"] | None
+    hidden: Float[Array, "B S D"]
+    """After the final norm."""
+    load: Float[Array, "L E"]
+    """(token, choice) pairs that each expert layer sent to each expert; padding not counted."""
+    balance_loss: Float[Array, "L"]
+    """Sequence-wise balance loss of each expert layer, summed over rows, without alpha."""
+
+    @property
+    def logits(self) -> Float[Array, "B S V"]:
+        """float32; position i predicts token i + 1."""
+        return self.model.logits(self.hidden)
+
+    @property
+    def mtp_logits(self) -> tuple[Float[Array, "B S V"], ...]:
+        """One per MTP depth k, float32: position i predicts token i + 1 + k; the last are void."""
+        return tuple(self.model.logits(hidden) for hidden in self.model.look_ahead(self).hidden)
+
+
+class DeepSeek(nnx.Module):
+    """DeepSeek-V3, and by configuration V2, Moonlight and Kimi-K2.
+
+    `dense_layers` (the first `first_k_dense_replace`), `moe_layers` and `mtp` are stacks: every
+    array in them has a leading axis. A stack without layers is None.
+
+    Args:
+        config: the architecture.
+        key: `jax.random.key` for the initial values.
+        param_dtype: what the weights are stored in.
+        dtype: what activations are computed in; None means as stored.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        key: Array,
+        *,
+        param_dtype: Any = jnp.float32,
+        dtype: Any = None,
+    ):
+        c = config
+        keys = jax.random.split(key, 5)
+        stored = jnp.dtype(param_dtype)
+        std = c.initializer_range
+        self.embed = Embedding(keys[0], c.vocab_size, c.hidden_size, std=std, dtype=stored)
+        self.dense_layers = make_stack(c, keys[1], stored, c.first_k_dense_replace, moe=False)
+        self.moe_layers = make_stack(c, keys[2], stored, c.num_moe_layers, moe=True)
+        self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=stored)
+        self.head = Linear(
+            keys[3], {"vocab": c.vocab_size}, {"embed": c.hidden_size}, std=std, dtype=stored
+        )
+        self.mtp = make_mtp(c, keys[4], stored)
+        self.config = c
+        self.dtype = stored if dtype is None else jnp.dtype(dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B S"] | None = None,
+        *,
+        remat: Remat = "keep_all",
+    ) -> Output:
+        """Run the main model.
+
+        Args:
+            tokens: ids below `vocab_size`.
+            positions: place of each token in its document; None counts from each segment's start.
+            segment_ids: which document a token belongs to; attention stays within it. 0 is
+                padding. None: every row is one document.
+            remat: what the backward pass finds in memory.
+        """
+        if positions is None:
+            positions = _positions(tokens, segment_ids)
+        table = rotary_table(self.config, positions)
+        valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+
+        def layer(x: Array, block: Block) -> tuple[Array, ExpertStats | None]:
+            x, _, routing = block(x, table, segment_ids)
+            stats = None if routing is None else expert_stats(routing, valid, self.config)
+            return x, stats
+
+        layer = rematerialize(layer, remat)
+        x = self._embed(tokens)
+        stats = _no_stats(self.config)
+        if self.dense_layers is not None:
+            x, _ = jax.lax.scan(layer, x, self.dense_layers)
+        if self.moe_layers is not None:
+            x, stats = jax.lax.scan(layer, x, self.moe_layers)
+        return Output(self, tokens, positions, segment_ids, self.norm(x), *stats)
+
+    def look_ahead(self, out: Output, *, remat: Remat = "keep_all") -> Ahead:
+        """Run the MTP modules over a finished forward pass; each depth feeds the next."""
+        config = self.config
+        table = rotary_table(config, out.positions)
+        segments = out.segment_ids
+        ids = jnp.ones_like(out.tokens) if segments is None else segments
+
+        def depth(module: Any, hidden: Array, by: int) -> tuple[Array, Array, ExpertStats]:
+            embedded = self._embed(shift(out.tokens, by))
+            hidden, routing = module(embedded, hidden, table, segments)
+            # The last place with a target sees token i + by and predicts the one after it.
+            stats = expert_stats(routing, reaches(ids, by), config)
+            return hidden, module.norm(hidden), stats
+
+        hidden, normed, stats = out.hidden, [], []
+        for by in range(1, config.num_nextn_predict_layers + 1):
+            module = jax.tree.map(lambda array, k=by - 1: array[k], self.mtp)
+            run = rematerialize(partial(depth, by=by), remat)
+            hidden, ready, stat = run(module, hidden)
+            normed.append(ready)
+            stats.append(stat)
+        if not stats:
+            return Ahead((), *_no_stats(config))
+        return Ahead(tuple(normed), *(jnp.stack(parts) for parts in zip(*stats, strict=True)))
+
+    def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """float32 scores of every token of the vocabulary."""
+        weight = use(self.head.weight, hidden.dtype)
+        logits = jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
+        return constrain(logits, "batch", "sequence", "vocab")
+
+    def prefill(
+        self, tokens: Int[Array, "B S"], lengths: Int[Array, "B"], slots: int
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Read prompts into a new cache of `slots` places a row; rows end at their `lengths`.
+
+        What stands behind a row's length is never looked at by what comes later.
+        """
+        positions = _positions(tokens, None)
+        table = rotary_table(self.config, positions)
+
+        def layer(x: Array, block: Block) -> tuple[Array, Latent]:
+            x, latent, _ = block(x, table, None)
+            room = ((0, 0), (0, slots - tokens.shape[1]), (0, 0))
+            return x, Latent(*(jnp.pad(part, room) for part in latent))
+
+        x, dense, moe = self._embed(tokens), None, None
+        if self.dense_layers is not None:
+            x, dense = jax.lax.scan(layer, x, self.dense_layers)
+        if self.moe_layers is not None:
+            x, moe = jax.lax.scan(layer, x, self.moe_layers)
+        return self.norm(x), Cache(dense, moe, lengths)
+
+    def decode(
+        self, tokens: Int[Array, "B Q"], cache: Cache
+    ) -> tuple[Float[Array, "B Q D"], Cache]:
+        """Extend every row by Q tokens over its cache: absorbed attention, one step."""
+        slots = next(part for part in (cache.dense, cache.moe) if part is not None).c_kv.shape[2]
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+        table = rotary_table(self.config, positions)
+        filled = jnp.arange(slots)[None] < cache.lengths[:, None]
+
+        def layer(x: Array, block_and_cache: tuple[Block, Latent]) -> tuple[Array, Latent]:
+            block, latent = block_and_cache
+            return block.decode(x, table, latent, filled)
+
+        x, dense, moe = self._embed(tokens), cache.dense, cache.moe
+        if self.dense_layers is not None:
+            x, new = jax.lax.scan(layer, x, (self.dense_layers, cache.dense))
+            dense = _write(cache.dense, new, positions)
+        if self.moe_layers is not None:
+            x, new = jax.lax.scan(layer, x, (self.moe_layers, cache.moe))
+            moe = _write(cache.moe, new, positions)
+        return self.norm(x), Cache(dense, moe, cache.lengths + tokens.shape[1])
+
+    def _embed(self, tokens: Array) -> Array:
+        return constrain(self.embed(tokens, self.dtype), "batch", "sequence", "residual")
+
+
+def rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The same function, whose backward pass recomputes what `remat` does not keep."""
+    if remat == "keep_all":
+        return function
+    policies = {
+        "keep_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "keep_layer_inputs": jax.checkpoint_policies.nothing_saveable,
+    }
+    return jax.checkpoint(function, policy=policies[remat])
+
+
+def _positions(tokens: Array, segment_ids: Array | None) -> Array:
+    """Place of each token within its own run of one segment id."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    if segment_ids is None:
+        return index
+    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def _no_stats(config: ModelConfig) -> ExpertStats:
+    return ExpertStats(jnp.zeros((0, config.n_routed_experts)), jnp.zeros(0))
+
+
+def _write(cache: Latent, new: Latent, positions: Array) -> Latent:
+    """Put new latents [L, B, Q, R] at their rows' positions [B, Q] of the cache."""
+    rows = jnp.arange(positions.shape[0])[:, None]
+    return Latent(
+        *(
+            old.at[:, rows, positions].set(add.astype(old.dtype))
+            for old, add in zip(cache, new, strict=True)
+        )
+    )

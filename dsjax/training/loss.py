@@ -1,0 +1,114 @@
+"""Cross-entropy in chunks: no array of [tokens, vocabulary] is ever whole.
+
+The head's logits are the largest activation of a model by far. Here they are made for a stretch of
+positions at a time. When gradients are wanted, the same pass makes those of the hidden states and
+of the head too, so that the logits are computed once: three products, as for any other layer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sharding.rules import constrain
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden: Float[Array, "B S D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """sum over positions of weight * -log softmax(head hidden)[target], in float32.
+
+    Args:
+        hidden: after the final norm.
+        head: the output matrix, in the dtype of `hidden`.
+        targets: the token that each position should predict; any valid id where the weight is 0.
+        weights: what each position counts.
+        chunk: positions of a row handled at a time.
+    """
+
+    def one_chunk(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        hidden, targets, weights = part
+        nll, _, _ = _negative_log_likelihood(hidden, head, targets)
+        return total + (nll * weights).sum(), None
+
+    total, _ = jax.lax.scan(one_chunk, jnp.zeros(()), _split(chunk, hidden, targets, weights))
+    return total
+
+
+def _forward(
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
+) -> tuple[Array, tuple[Array, Array]]:
+    def one_chunk(
+        carry: tuple[Array, Array], part: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
+        total, d_head = carry
+        hidden, targets, weights = part
+        nll, logits, log_total = _negative_log_likelihood(hidden, head, targets)
+        hit = targets[..., None] == jnp.arange(head.shape[0])[None, None]
+        d_logits = (jnp.exp(logits - log_total[..., None]) - hit) * weights[..., None]
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, head)
+        d_head += jnp.einsum("bsv,bsd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return (total + (nll * weights).sum(), d_head), d_hidden
+
+    start = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
+    parts = _split(chunk, hidden, targets, weights)
+    (total, d_head), d_hidden = jax.lax.scan(one_chunk, start, parts)
+    d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
+    return total, (d_hidden[:, : hidden.shape[1]], d_head.astype(head.dtype))
+
+
+def _backward(
+    chunk: int, saved: tuple[Array, Array], d: Array
+) -> tuple[Array, Array, None, None]:
+    d_hidden, d_head = saved
+    return (d * d_hidden).astype(d_hidden.dtype), (d * d_head).astype(d_head.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def token_scores(
+    hidden: Float[Array, "B S D"], head: Float[Array, "V D"], targets: Int[Array, "B S"], chunk: int
+) -> tuple[Float[Array, "B S"], Int[Array, "B S"]]:
+    """For evaluation: each position's negative log-likelihood in nats, and its likeliest token."""
+
+    def one_chunk(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        nll, logits, _ = _negative_log_likelihood(part[0], head, part[1])
+        return None, (nll, jnp.argmax(logits, axis=-1))
+
+    _, scores = jax.lax.scan(one_chunk, None, _split(chunk, hidden, targets))
+    nll, best = (s.swapaxes(0, 1).reshape(hidden.shape[0], -1) for s in scores)
+    return nll[:, : hidden.shape[1]], best[:, : hidden.shape[1]]
+
+
+def _negative_log_likelihood(
+    hidden: Array, head: Array, targets: Array
+) -> tuple[Array, Array, Array]:
+    """-log p(target), the logits, and the logarithm of their normalizer; all float32."""
+    logits = jnp.einsum("bsd,vd->bsv", hidden, head, preferred_element_type=jnp.float32)
+    logits = constrain(logits, "batch", "sequence", "vocab")
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return log_total - picked, logits, log_total
+
+
+def _split(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """[B, S, ...] to [chunks, B, chunk, ...]; zeros fill the last chunk."""
+    length = arrays[0].shape[1]
+    chunk = min(chunk, length)
+    missing = -length % chunk
+
+    def one(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    return tuple(one(x) for x in arrays)

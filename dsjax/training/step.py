@@ -1,0 +1,222 @@
+"""One training step: gradients over microbatches, AdamW, and the routers' biases.
+
+Losses of DeepSeek-V3 (arXiv:2412.19437):
+
+    L = L_main + lambda / D * sum_k L_MTP^k  (section 2.2)  + alpha * sum_layers L_Bal  (2.1.2)
+
+Every mean is taken over the counts of the whole batch, so that the result does not depend on how
+the batch is cut into microbatches or spread over devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import RunConfig
+from dsjax.model.layers import RouterBias, use
+from dsjax.model.mtp import reaches, shift
+from dsjax.model.transformer import DeepSeek, Remat
+from dsjax.training.loss import cross_entropy
+from dsjax.training.optimizer import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and writes. Tokens seen are counted by the host (past 2^31)."""
+
+    model: DeepSeek
+    moments: Any
+    step: Int[Array, ""]
+    key: Array
+    """Root of all randomness that is not the data's, as raw key data."""
+
+
+class Batch(NamedTuple):
+    """Microbatches of packed rows. Segment 0 is padding; whole rows of it are allowed."""
+
+    tokens: Int[Array, "M B S"]
+    segment_ids: Int[Array, "M B S"]
+
+
+class Knobs(NamedTuple):
+    """The scheduled scalars of this step."""
+
+    learning_rate: Float[Array, ""]
+    mtp_weight: Float[Array, ""]
+    """lambda"""
+    bias_update_rate: Float[Array, ""]
+    """gamma"""
+
+
+class Sums(NamedTuple):
+    """What microbatches add up to."""
+
+    loss: Float[Array, ""]
+    """Mean next-token loss, nats."""
+    mtp_loss: Float[Array, "K"]
+    """Mean loss of each MTP depth, nats."""
+    balance_loss: Float[Array, ""]
+    load: Float[Array, "L E"]
+    """Pairs each expert received, main layers then MTP layers."""
+
+
+class Metrics(NamedTuple):
+    """What a step reports."""
+
+    sums: Sums
+    grad_norm: Float[Array, ""]
+    max_violation: Float[Array, "L"]
+    """max load / mean load - 1 of each expert layer (arXiv:2408.15664, MaxVio)."""
+    finite: Array
+    """False: loss or gradient was not finite, and the step changed nothing but the count."""
+
+
+def max_violation(load: Float[Array, "L E"]) -> Float[Array, "L"]:
+    """MaxVio: how far the busiest expert is above the mean load."""
+    mean = jnp.maximum(load.mean(-1), 1e-9)
+    return load.max(-1) / mean - 1
+
+
+def batch_loss(
+    model: DeepSeek,
+    tokens: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    counts: Int[Array, "K1"],
+    rows: Array,
+    mtp_weight: Array,
+    *,
+    balance_weight: float,
+    loss_chunk: int,
+    remat: Remat,
+) -> tuple[Float[Array, ""], Sums]:
+    """A microbatch's share of the batch's loss.
+
+    Args:
+        counts: targets in the whole batch: next token, then each MTP depth.
+        rows: rows of the whole batch that hold any token.
+    """
+    out = model(tokens, segment_ids=segment_ids, remat=remat)
+    ahead = model.look_ahead(out, remat=remat)
+    head = use(model.head.weight, out.hidden.dtype)
+    losses = []
+    for by, hidden in enumerate((out.hidden, *ahead.hidden), start=1):
+        weights = reaches(segment_ids, by) / jnp.maximum(counts[by - 1], 1)
+        losses.append(cross_entropy(hidden, head, shift(tokens, by), weights, loss_chunk))
+    mtp = jnp.stack(losses[1:]) if losses[1:] else jnp.zeros(0)
+    balance = (out.balance_loss.sum() + ahead.balance_loss.sum()) / rows
+    total = losses[0] + balance_weight * balance
+    if losses[1:]:
+        total += mtp_weight * mtp.mean()
+    load = jnp.concatenate([out.load, ahead.load])
+    return total, Sums(losses[0], mtp, balance, load)
+
+
+def target_counts(segment_ids: Int[Array, "M B S"], depths: int) -> Int[Array, "K1"]:
+    """How many positions have a target 1, 2, ... depths + 1 places on, within their document."""
+    rows = segment_ids.reshape(-1, segment_ids.shape[-1])
+    return jnp.stack([reaches(rows, by).sum() for by in range(1, depths + 2)])
+
+
+def make_train_step(
+    config: RunConfig,
+) -> Callable[[TrainState, Batch, Array, Knobs], tuple[TrainState, Metrics]]:
+    """The step as a pure function `(state, batch, microbatches, knobs)`, ready for `jax.jit`.
+
+    Only the first `microbatches` of the batch are used: the batch can grow during a run without
+    compiling again.
+    """
+    optimizer = make_optimizer(config.optimizer)
+    training = config.training
+    loss = partial(
+        batch_loss,
+        balance_weight=training.balance_loss_weight,
+        loss_chunk=training.loss_chunk,
+        remat=training.remat,
+    )
+
+    def step(
+        state: TrainState, batch: Batch, microbatches: Array, knobs: Knobs
+    ) -> tuple[TrainState, Metrics]:
+        graph, params, biases = nnx.split(state.model, nnx.Param, RouterBias)
+        live = jnp.arange(batch.tokens.shape[0])[:, None, None] < microbatches
+        segments = jnp.where(live, batch.segment_ids, 0)
+        counts = target_counts(segments, config.model.num_nextn_predict_layers)
+        rows = jnp.maximum((segments > 0).any(-1).sum(), 1)
+
+        def gradients(index: Array) -> tuple[Any, Sums]:
+            def of_params(params: Any) -> tuple[Array, Sums]:
+                model = nnx.merge(graph, params, biases)
+                tokens, ids = batch.tokens[index], segments[index]
+                return loss(model, tokens, ids, counts, rows, knobs.mtp_weight)
+
+            grads, sums = jax.grad(of_params, has_aux=True)(params)
+            return optax.tree.cast(grads, jnp.float32), sums
+
+        grads, sums = _accumulate(gradients, batch.tokens.shape[0], microbatches)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss)
+        updates, moments = optimizer.update(grads, state.moments, params)
+        params_new = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, params, updates)
+        biases_new = update_biases(biases, sums.load, knobs.bias_update_rate)
+
+        def accept(new: Any, old: Any) -> Any:
+            return jax.tree.map(partial(jnp.where, finite), new, old)
+
+        model = nnx.merge(graph, accept(params_new, params), accept(biases_new, biases))
+        state = TrainState(model, accept(moments, state.moments), state.step + 1, state.key)
+        return state, Metrics(sums, grad_norm, max_violation(sums.load), finite)
+
+    return step
+
+
+def _accumulate(
+    gradients: Callable[[Array], tuple[Any, Sums]], slots: int, microbatches: Array
+) -> tuple[Any, Sums]:
+    """Sum over microbatches, one at a time; a single slot needs no loop."""
+    if slots == 1:
+        return gradients(jnp.zeros((), jnp.int32))
+    shapes = jax.eval_shape(gradients, jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(index: Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, gradients(index))
+
+    return jax.lax.fori_loop(0, microbatches, add, zeros)
+
+
+def update_biases(biases: nnx.State, load: Float[Array, "L E"], rate: Array) -> nnx.State:
+    """b_i += gamma * sign(mean load - load_i), layer by layer (arXiv:2408.15664, algorithm 1).
+
+    `load` holds main layers, then MTP layers; the state holds them as separate stacks.
+    """
+    change = rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+    flat = nnx.to_flat_state(biases)
+    moved, begin = [], 0
+    # "moe_layers" before "mtp": the order in which the loads are stacked.
+    for path, bias in sorted(flat):
+        layers = bias[...].shape[0]
+        moved.append((path, bias.replace(bias[...] + change[begin : begin + layers])))
+        begin += layers
+    return nnx.from_flat_state(moved)
+
+
+def init_state(config: RunConfig) -> TrainState:
+    """Fresh parameters from the run's seed; trace it, or jit it with output shardings."""
+    root = jax.random.key(config.seed)
+    model = DeepSeek(
+        config.model,
+        jax.random.fold_in(root, 0),
+        dtype=config.training.compute_dtype,
+    )
+    params = nnx.state(model, nnx.Param)
+    moments = make_optimizer(config.optimizer).init(params)
+    return TrainState(
+        model, moments, jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.fold_in(root, 1))
+    )

@@ -1,0 +1,1 @@
+"""Devices and named axes; knows no model."""

@@ -1,0 +1,121 @@
+"""Logical axes to mesh axes: the only place that names mesh axes for the model.
+
+A parameter says what its dimensions *are* ("heads", "embed"); a rule table says where they *go*.
+The same model runs on any mesh by another table, never by other code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsjax.errors import UserError
+
+Rules = Mapping[str, tuple[str, ...]]
+
+TRAIN_RULES: Rules = {
+    # Activations. The batch is spread over the expert axis as well: expert parallelism spends
+    # data-parallel ranks, as in DeepSeek-V3 section 3.2.
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": (),
+    "residual": (),
+    # Both.
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    # Parameters.
+    "embed": ("fsdp",),
+    "q_lora": ("fsdp",),
+    "kv_lora": ("fsdp",),
+    "head_dim": (),
+    "latent": (),
+    "norm": (),
+    "router": (),
+    "layers": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh together with the rules that map logical axes onto it."""
+
+    mesh: Mesh
+    rules: Rules = dataclasses.field(default_factory=lambda: TRAIN_RULES)
+
+    def __post_init__(self) -> None:
+        for logical, axes in self.rules.items():
+            for axis in axes:
+                if axis not in self.mesh.shape:
+                    raise UserError(
+                        f"rules: {logical!r} goes to mesh axis {axis!r}, but the mesh has "
+                        f"{tuple(self.mesh.shape)}; use one of those"
+                    )
+
+    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """The `PartitionSpec` of an array whose dimensions carry these logical names.
+
+        Raises:
+            UserError: a name is unknown, a mesh axis is wanted twice, the names do not match the
+                rank, or a dimension does not divide.
+        """
+        if len(axes) != len(shape):
+            raise UserError(f"axes {axes} name {len(axes)} dimensions, the array has {shape}")
+        parts = [self._mesh_axes(name) for name in axes]
+        used = [axis for part in parts for axis in part if self.mesh.shape[axis] > 1]
+        if len(used) != len(set(used)):
+            raise UserError(f"axes {axes} use a mesh axis twice ({used}); change the rules")
+        for name, part, size in zip(axes, parts, shape, strict=True):
+            ways = math.prod(self.mesh.shape[axis] for axis in part)
+            if size % ways:
+                divisors = [w for w in range(1, ways + 1) if size % w == 0 and ways % w == 0]
+                raise UserError(
+                    f"{name}={size} is not divisible by the {ways} devices along mesh axes {part}; "
+                    f"choose {' or '.join(map(str, divisors[-2:]))}"
+                )
+        return PartitionSpec(*(part or None for part in parts))
+
+    def sharding(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """`spec`, bound to the mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    def _mesh_axes(self, name: str | None) -> tuple[str, ...]:
+        if name is None:
+            return ()
+        if name not in self.rules:
+            raise UserError(f"rules: unknown logical axis {name!r}; known: {sorted(self.rules)}")
+        return self.rules[name]
+
+
+_current: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use_layout(layout: Layout) -> Iterator[Layout]:
+    """Trace and run what is inside under this layout: `constrain` obeys it.
+
+    A jitted function keeps the layout it was first traced under; make a new one for a new layout.
+    """
+    token = _current.set(layout)
+    try:
+        with jax.set_mesh(layout.mesh):
+            yield layout
+    finally:
+        _current.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """State where an activation lives, by the logical names of its dimensions.
+
+    Outside `use_layout` the computation follows its inputs, and this does nothing.
+    """
+    layout = _current.get()
+    if layout is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
