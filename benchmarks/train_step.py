@@ -4,42 +4,69 @@
 
 Both train the same 81M-parameter DeepSeek-V3 (no MTP, float32, two threads) on the same tokens with
 AdamW and clipping. transformers runs each of its attention and expert backends, and the best one
-counts. The two take turns; medians are compared. Prints one table and one JSON line.
+counts. Each library lives in a process of its own, which sleeps while the other is timed; both
+processes run on the same two cores and keep freed memory (docs/performance.md). The two take turns;
+medians are compared. Prints one table and one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from dsjax.config import load_model_config, load_run_config
-from dsjax.training.step import Batch, Knobs, init_state, make_train_step
+if TYPE_CHECKING:
+    from dsjax.config import ModelConfig
 
 THREADS = 2
 ATTENTION = ("sdpa", "eager")
 EXPERTS = ("eager", "grouped_mm")
 """Not `batched_mm`: it copies a matrix for every (token, choice) pair, 18 GB here."""
 
+KEEP_FREED_MEMORY = (
+    "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.hugetlb=1:"
+    "glibc.malloc.trim_threshold=0x1000000000:glibc.malloc.top_pad=0x1000000"
+)
+"""For GLIBC_TUNABLES, read when a process starts: a step's scratch memory is not given back."""
+
+Contestants = dict[str, Callable[[], float]]
+
+
+def dsjax_contestants(tokens: np.ndarray) -> Contestants:
+    """dsjax's one way to run, and the matmul peak that all are held against."""
+    return {"dsjax": dsjax_step(tokens), "peak": _large_product()}
+
+
+def transformers_contestants(tokens: np.ndarray) -> Contestants:
+    """Every pair of transformers' attention and expert backends."""
+    return {
+        f"transformers {attention}, {experts}": transformers_step(tokens, attention, experts)
+        for attention in ATTENTION
+        for experts in EXPERTS
+    }
+
 
 def dsjax_step(tokens: np.ndarray) -> Callable[[], float]:
     """One jitted, donated training step on `tokens` [batch, seq]; returns its loss."""
-    model = load_model_config("cpu-81m")
+    import jax
+    import jax.numpy as jnp
+
+    from dsjax.config_files import load_run_config
+    from dsjax.training.step import Batch, Knobs, init_state, make_train_step
+
     config = load_run_config(
         "cpu-tiny",
         [f"data.sequence_length={tokens.shape[1]}", "training.loss_chunk=512"],
-    ).model_copy(update={"model": model})
+    ).model_copy(update={"model": _model()})
     state = jax.jit(lambda: init_state(config))()
     step = jax.jit(make_train_step(config), donate_argnums=0)
     batch = Batch(jnp.asarray(tokens)[None], jnp.ones_like(tokens)[None])
@@ -55,7 +82,11 @@ def dsjax_step(tokens: np.ndarray) -> Callable[[], float]:
 
 def transformers_step(tokens: np.ndarray, attention: str, experts: str) -> Callable[[], float]:
     """The same step in transformers: forward, backward, clip, AdamW."""
-    fields = load_model_config("cpu-81m").model_dump()
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.set_num_threads(THREADS)
+    fields = _model().model_dump()
     fields.pop("model_type")
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     fields.pop("rope_scaling")
@@ -78,25 +109,59 @@ def transformers_step(tokens: np.ndarray, attention: str, experts: str) -> Calla
     return run
 
 
-def seconds(run: Callable[[], float]) -> float:
-    """Wall time of one call."""
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+def _model() -> ModelConfig:
+    from dsjax.config_files import load_model_config
+
+    return load_model_config("cpu-81m")
 
 
-def matmul_peak() -> float:
-    """float32 FLOP/s of a large product in XLA, the limit that both are held against."""
-    a = jnp.ones((2048, 2048))
-    product = jax.jit(lambda a: a @ a)
-    product(a).block_until_ready()
-    best = min(seconds(lambda: product(a).block_until_ready()) for _ in range(10))
-    return 2 * 2048**3 / best
+PEAK_SIZE = 2048
+
+
+def _large_product() -> Callable[[], float]:
+    """A float32 product of two square matrices in XLA."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((PEAK_SIZE, PEAK_SIZE))
+    product = jax.jit(lambda a: (a @ a)[0, 0])
+    return lambda: float(product(a))
+
+
+class Worker:
+    """A process that holds some contestants and times one of them when asked."""
+
+    def __init__(self, make: Callable[[np.ndarray], Contestants], tokens: np.ndarray):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        context.Process(target=_serve, args=(other, make, tokens), daemon=True).start()
+        self.names: list[str] = self._pipe.recv()
+
+    def seconds(self, name: str) -> float:
+        """Wall time of one call; the first ones compile and warm up."""
+        self._pipe.send(name)
+        return self._pipe.recv()
+
+
+def _serve(
+    pipe: Connection[Any, Any],
+    make: Callable[[np.ndarray], Contestants],
+    tokens: np.ndarray,
+) -> None:
+    warnings.filterwarnings("ignore")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    contestants = make(tokens)
+    pipe.send(list(contestants))
+    while True:
+        run = contestants[pipe.recv()]
+        begin = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - begin)
 
 
 def flops_per_token(sequence: int) -> float:
     """Useful operations of forward and backward: 6 a weight that a token meets, plus attention."""
-    c = load_model_config("cpu-81m")
+    c = _model()
     assert c.q_lora_rank is not None
     heads, qk, d = c.num_attention_heads, c.qk_head_dim, c.hidden_size
     attention = (
@@ -107,37 +172,44 @@ def flops_per_token(sequence: int) -> float:
         + heads * c.v_head_dim * d
     )
     experts = 3 * d * c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts)
-    weights = c.num_hidden_layers * attention + c.num_moe_layers * (experts + d * c.n_routed_experts)
+    experts += d * c.n_routed_experts  # the router
+    weights = c.num_hidden_layers * attention + c.num_moe_layers * experts
     weights += c.first_k_dense_replace * 3 * d * c.intermediate_size + d * c.vocab_size
     scores = c.num_hidden_layers * heads * (qk + c.v_head_dim) * sequence / 2
     return 6 * (weights + scores)
 
 
+def measure(workers: list[Worker], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every contestant, `rounds` times each; neighbours in time belong to one round."""
+    owner = {name: worker for worker in workers for name in worker.names}
+    for name, worker in owner.items():
+        worker.seconds(name), worker.seconds(name)
+    times: dict[str, list[float]] = {name: [] for name in owner}
+    for _ in range(rounds):
+        for name, worker in owner.items():
+            times[name].append(worker.seconds(name))
+    return times
+
+
 def main() -> None:
     """Time both, alternating, and print."""
+    from rich.console import Console
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(THREADS)
 
+    os.environ["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY  # before the workers start
     tokens = np.random.default_rng(0).integers(0, 8192, (args.batch, args.sequence), np.int32)
-    runs = {"dsjax": dsjax_step(tokens)}
-    for attention in ATTENTION:
-        for experts in EXPERTS:
-            name = f"transformers {attention}, {experts}"
-            runs[name] = transformers_step(tokens, attention, experts)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # compile and warm up
-        run(), run()
-    for _ in range(args.rounds):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
+    contestants = (dsjax_contestants, transformers_contestants)
+    times = measure([Worker(make, tokens) for make in contestants], args.rounds)
 
+    peak = 2 * PEAK_SIZE**3 / min(times.pop("peak"))
+    work = flops_per_token(args.sequence)
     speed = {name: tokens.size / statistics.median(t) for name, t in times.items()}
-    peak, work = matmul_peak(), flops_per_token(args.sequence)
     table = Table("", "tokens/s", "GFLOP/s", "share of matmul peak", title="81M, one training step")
     for name, value in speed.items():
         share = f"{value * work / peak:.0%}"

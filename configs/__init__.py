@@ -1,0 +1,1 @@
+"""Settings as YAML: one file for a run here, one for each model under `model/`."""

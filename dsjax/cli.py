@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from dsjax.config import one_line
-from dsjax.errors import UserError
+from dsjax.errors import UserError, one_line
 
 DESCRIPTION = "DeepSeek-V3 and R1 in JAX: look at models, here; train.py trains one."
 

@@ -1,25 +1,17 @@
 """Typed, frozen, validated configuration: what a model is and what a run does.
 
-Nothing here imports jax, so that a command which only reads headers starts at once.
-Field names of `ModelConfig` are those of the released `config.json` files.
+`dsjax.config_files` reads it. Nothing here imports jax, so that a command which only reads headers
+starts at once. Field names of `ModelConfig` are those of the released `config.json` files.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from dsjax.errors import UserError
-
-T = TypeVar("T", bound=BaseModel)
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -103,58 +95,52 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        def require(ok: bool, message: str) -> None:
-            if not ok:
+        for wrong, message in self._problems():
+            if wrong:
                 raise ValueError(message)
+        return self
 
+    def _problems(self) -> Iterator[tuple[bool, str]]:
+        """Every combination that cannot work: whether it is there, and what to say of it."""
         c = self
-        require(
-            c.qk_rope_head_dim % 2 == 0,
+        yield (
+            c.qk_rope_head_dim % 2 != 0,
             f"qk_rope_head_dim={c.qk_rope_head_dim} is odd, but rotary pairs need an even number; "
             f"choose {c.qk_rope_head_dim + 1}",
         )
-        require(
-            c.num_experts_per_tok <= c.n_routed_experts,
-            f"num_experts_per_tok={c.num_experts_per_tok} is more than "
-            f"n_routed_experts={c.n_routed_experts}; choose at most that many",
-        )
-        require(
-            c.n_routed_experts % c.n_group == 0,
+        for few, many in (
+            ("num_experts_per_tok", "n_routed_experts"),
+            ("topk_group", "n_group"),
+            ("first_k_dense_replace", "num_hidden_layers"),
+        ):
+            less, more = getattr(c, few), getattr(c, many)
+            message = f"{few}={less} is more than {many}={more}; choose at most that many"
+            yield less > more, message
+        yield (
+            c.n_routed_experts % c.n_group != 0,
             f"n_routed_experts={c.n_routed_experts} is not divisible by n_group={c.n_group}; "
             "choose a divisor",
         )
-        require(
-            c.topk_group <= c.n_group,
-            f"topk_group={c.topk_group} is more than n_group={c.n_group}; choose at most that many",
+        group = c.n_routed_experts // c.n_group
+        yield (
+            c.num_experts_per_tok > group * c.topk_group,
+            f"num_experts_per_tok={c.num_experts_per_tok} is more than the {group * c.topk_group} "
+            f"experts of topk_group={c.topk_group} groups; raise topk_group",
         )
-        reachable = c.n_routed_experts // c.n_group * c.topk_group
-        require(
-            c.num_experts_per_tok <= reachable,
-            f"num_experts_per_tok={c.num_experts_per_tok} is more than the {reachable} experts of "
-            f"topk_group={c.topk_group} groups; raise topk_group",
-        )
-        require(
-            c.topk_method != "noaux_tc" or c.n_group == 1 or c.n_routed_experts // c.n_group >= 2,
-            f"groups of {c.n_routed_experts // c.n_group} expert have no two largest scores; "
+        yield (
+            c.topk_method == "noaux_tc" and c.n_group > 1 and group < 2,
+            f"groups of {group} expert have no two largest scores; "
             "noaux_tc needs at least 2 experts a group: lower n_group",
         )
-        require(
-            c.topk_method != "greedy" or c.n_group == 1,
+        yield (
+            c.topk_method == "greedy" and c.n_group > 1,
             f"topk_method=greedy knows no groups, but n_group={c.n_group}; "
             "use group_limited_greedy or n_group=1",
         )
-        require(
-            c.first_k_dense_replace <= c.num_hidden_layers,
-            f"first_k_dense_replace={c.first_k_dense_replace} is more than "
-            f"num_hidden_layers={c.num_hidden_layers}; choose at most that many",
-        )
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(c, name)
-            require(
-                token is None or 0 <= token < c.vocab_size,
-                f"{name}={token} is outside vocab_size={c.vocab_size}",
-            )
-        return self
+            outside = token is not None and not 0 <= token < c.vocab_size
+            yield outside, f"{name}={token} is outside vocab_size={c.vocab_size}"
 
     @property
     def qk_head_dim(self) -> int:
@@ -196,6 +182,8 @@ def _scalar_schedule(value: Any) -> Any:
 def _check_stages(stages: list[Stage]) -> list[Stage]:
     if stages[0].shape != "constant":
         raise ValueError("the first stage has nothing to move from; make it constant")
+    if stages[-1].until is None and stages[-1].shape != "constant":
+        raise ValueError(f"a {stages[-1].shape} stage needs `until`, the tokens where it arrives")
     ends = [stage.until for stage in stages]
     if None in ends[:-1]:
         raise ValueError("only the last stage may leave `until` out")
@@ -224,7 +212,7 @@ def schedule_value(stages: list[Stage], tokens: int) -> float:
     begin, before = 0, stages[0].value
     for stage in stages:
         if stage.until is None or tokens < stage.until:
-            if stage.shape == "constant" or stage.until is None:
+            if stage.until is None or stage.shape == "constant":
                 return stage.value
             done = (tokens - begin) / (stage.until - begin)
             if stage.shape == "cosine":
@@ -242,10 +230,10 @@ def schedule_value(stages: list[Stage], tokens: int) -> float:
 class MeshConfig(Section):
     """Devices along each named axis; `fsdp: auto` takes all that the others leave."""
 
-    data: int = Field(1, ge=1)
+    data: int = Field(default=1, ge=1)
     fsdp: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    expert: int = Field(1, ge=1)
-    tensor: int = Field(1, ge=1)
+    expert: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1)
 
 
 class SourceConfig(Section):
@@ -351,127 +339,3 @@ class RunConfig(Section):
                 f"{self.model.num_nextn_predict_layers} MTP layers; choose a longer one"
             )
         return self
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------
-
-
-def load_model_config(name: str | Path) -> ModelConfig:
-    """Read a model configuration: a YAML path, or a name under `configs/model/`."""
-    path = find_config(name, CONFIGS / "model")
-    return parse(ModelConfig, read_yaml(path), source=str(path))
-
-
-def load_run_config(name: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a run configuration and apply `section.key=value` overrides.
-
-    `model` may be a name under `configs/model/`, a path, or the mapping itself.
-    Raises `UserError` naming the file and the key.
-    """
-    path = find_config(name, CONFIGS)
-    tree = read_yaml(path)
-    overrides = list(overrides or [])
-    for text in [o for o in overrides if o.startswith("model=")]:
-        tree["model"] = text.partition("=")[2]
-        overrides.remove(text)
-    if isinstance(tree.get("model"), str):
-        tree["model"] = read_yaml(find_config(tree["model"], CONFIGS / "model"))
-    for text in overrides:
-        _override(tree, text)
-    return parse(RunConfig, tree, source=str(path))
-
-
-def find_config(name: str | Path, folder: Path) -> Path:
-    """The file `name`, or `folder/name.yaml`; a `UserError` lists what there is."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    named = folder / f"{name}.yaml"
-    if named.is_file():
-        return named
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise UserError(f"{name}: no such file, and no such name in {folder}; known: {', '.join(known)}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping, or raise `UserError`."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
-    return tree
-
-
-def parse(kind: type[T], tree: dict[str, Any], source: str) -> T:
-    """Validate `tree` as `kind`; the first problem becomes a one-line `UserError`."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{source}: {_explain(kind, error)}") from None
-
-
-def one_line(error: object) -> str:
-    """Any message on a single line."""
-    return " ".join(str(error).split())
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    """Apply one `section.key=value`, the value read as YAML; list items go by number."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"{text!r}: an override looks like section.key=value")
-    *parents, last = key.split(".")
-    node: Any = tree
-    for name in parents:
-        node = node.setdefault(name, {}) if isinstance(node, dict) else _item(node, name, key)
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}: {value!r} is not YAML: {one_line(error)}") from error
-    if isinstance(node, dict):
-        node[last] = parsed
-    else:
-        _item(node, last, key)
-        node[int(last)] = parsed
-
-
-def _item(node: Any, name: str, key: str) -> Any:
-    if isinstance(node, list) and name.isdigit() and int(name) < len(node):
-        return node[int(name)]
-    raise UserError(f"{key}: there is no {name!r} to override in a {type(node).__name__}")
-
-
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first problem, with the nearest valid key where the key is unknown."""
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(kind, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)
-        return f"unknown key {where!r}; the nearest valid key is {near[0]!r}"
-    if problem["type"] == "missing":
-        return f"the key {where!r} is missing"
-    if problem["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}={problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the section at `loc` knows."""
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        kind = _sections(kind.model_fields[part].annotation)[0]
-    return list(kind.model_fields)
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """Every Section class inside an annotation such as `YarnConfig | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for arg in get_args(annotation) for found in _sections(arg)]

@@ -22,7 +22,8 @@ AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def make_mesh(
-    sizes: Mapping[str, int | str] | None = None, devices: Sequence[jax.Device] | None = None
+    sizes: Mapping[str, int | str] | None = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
     """Lay devices out along `AXES`; an axis of size "auto" takes what the others leave.
 
@@ -33,16 +34,15 @@ def make_mesh(
         UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {"fsdp": "auto"} if sizes is None else dict(sizes)
+    sizes = {"fsdp": "auto"} if sizes is None else sizes
     if unknown := set(sizes) - set(AXES):
         raise UserError(f"mesh: unknown axis {sorted(unknown)[0]!r}; expected one of {AXES}")
-    fixed = math.prod(size for size in sizes.values() if isinstance(size, int))
     free = [name for name, size in sizes.items() if size == "auto"]
     if len(free) > 1:
         raise UserError(f"mesh: {free} are all auto; only one axis can take what is left")
-    if free:
-        sizes[free[0]] = max(1, len(devices) // fixed)
-    shape = tuple(int(sizes.get(name, 1)) for name in AXES)
+    fixed = {name: int(size) for name, size in sizes.items() if size != "auto"}
+    left = max(1, len(devices) // math.prod(fixed.values()))
+    shape = tuple(left if name in free else fixed.get(name, 1) for name in AXES)
     if math.prod(shape) != len(devices):
         wanted = " x ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
         raise UserError(

@@ -1,14 +1,23 @@
-"""Eight CPU devices, strict numerics, and checked shapes for every test."""
+"""Eight CPU devices, strict numerics, checked shapes, and a cache of compiled programs.
+
+Set in the environment, so that programs which a test starts have them too.
+"""
 
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of a test's time is XLA's: the second run takes what the first one compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-install_import_hook(["dsjax.model", "dsjax.kernels", "sharding"], "beartype.beartype")
+
+CHECKED = ["dsjax.kernels", "dsjax.model", "dsjax.training", "sharding"]
+install_import_hook(CHECKED, "beartype.beartype")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.checkpoint.safetensors import parse_json
-from dsjax.config import ModelConfig, YarnConfig, one_line, parse
-from dsjax.errors import UserError
+from dsjax.config import ModelConfig, YarnConfig
+from dsjax.config_files import parse
+from dsjax.errors import UserError, one_line
 
 # What the files of a family leave out because its architecture implies it.
 _IMPLIED: dict[str, dict[str, Any]] = {

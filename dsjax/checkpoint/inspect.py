@@ -24,14 +24,8 @@ from dsjax.checkpoint.families import (
 )
 from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.safetensors import Entry, read_folder
-from dsjax.config import (
-    CONFIGS,
-    ModelConfig,
-    find_config,
-    load_model_config,
-    load_run_config,
-    read_yaml,
-)
+from dsjax.config import ModelConfig
+from dsjax.config_files import CONFIGS, find_config, load_model_config, load_run_config, read_yaml
 
 
 def inspect(source: str, *, as_json: bool) -> None:

@@ -39,8 +39,7 @@ from dsjax.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from dsjax.config import one_line
-from dsjax.errors import UserError
+from dsjax.errors import UserError, one_line
 
 Leaf = TypeVar("Leaf", jax.Array, jax.ShapeDtypeStruct)
 
@@ -108,11 +107,16 @@ class CheckpointStore:
         return [step for step in self._all_steps() if (self._path(step) / MANIFEST).is_file()]
 
     def restore(
-        self, abstract_state: PyTree[jax.ShapeDtypeStruct], step: int | None = None
+        self,
+        abstract_state: PyTree[jax.ShapeDtypeStruct],
+        step: int | None = None,
+        *,
+        part: bool = False,
     ) -> tuple[int, PyTree[jax.Array], dict[str, Any]] | None:
         """The newest sound checkpoint, or that of `step`, as `(step, state, extra)`.
 
         Every leaf of `abstract_state` carries a sharding, on any mesh: the arrays are placed there.
+        With `part`, it may leave out leaves that were saved: a model without its optimizer.
         All digests are checked before anything is read. A damaged newest step is skipped with a
         warning and the one before is used. None when there is no checkpoint at all.
         Raises `UserError` when every candidate is damaged, when there is no `step`, or when the
@@ -135,7 +139,7 @@ class CheckpointStore:
                     told = f"{self._folder}: {damages[-1]}; falling back to step {candidates[-1]}"
                     logger.warning(told)
             else:
-                return newest, *self._read(self._path(newest), saved, abstract_state)
+                return newest, *self._read(self._path(newest), saved, abstract_state, part)
         if damages:
             raise UserError(
                 f"{self._folder}: no sound checkpoint ({'; '.join(damages)}); "
@@ -170,10 +174,12 @@ class CheckpointStore:
         self._remove_steps_beyond(step)
 
     def _read(
-        self, path: Path, saved: Leaves, abstract_state: PyTree[jax.ShapeDtypeStruct]
+        self, path: Path, saved: Leaves, abstract_state: PyTree[jax.ShapeDtypeStruct], part: bool
     ) -> tuple[PyTree[jax.Array], dict[str, Any]]:
         """State and extra of the sound checkpoint at `path`, whose manifest lists `saved`."""
         wanted = _name_leaves(abstract_state)
+        if part:
+            saved = {name: leaf for name, leaf in saved.items() if name in wanted}
         _check_same_model(path, saved, _describe(wanted))
         for name, leaf in wanted.items():
             if leaf.sharding is None:
@@ -182,7 +188,9 @@ class CheckpointStore:
         arrays = self._orbax.restore(
             path / "state",
             args=ocp.args.PyTreeRestore(
-                stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored)
+                stored,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
+                partial_restore=part,
             ),
         )
         for name in wanted.keys() - stored.keys():

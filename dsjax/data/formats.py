@@ -20,8 +20,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsjax.config import SourceConfig, one_line
-from dsjax.errors import UserError
+from dsjax.config import SourceConfig
+from dsjax.errors import UserError, one_line
 
 PYTHON_STDLIB = "python-stdlib"
 

@@ -15,8 +15,7 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from dsjax.config import one_line
-from dsjax.errors import UserError
+from dsjax.errors import UserError, one_line
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"

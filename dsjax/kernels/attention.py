@@ -86,9 +86,7 @@ def _attention(q: Array, k: Array, v: Array, ids: Array, scale: float) -> Array:
     return _forward(q, k, v, ids, scale)[0]
 
 
-def _forward(
-    q: Array, k: Array, v: Array, ids: Array, scale: float
-) -> tuple[Array, _Saved]:
+def _forward(q: Array, k: Array, v: Array, ids: Array, scale: float) -> tuple[Array, _Saved]:
     rows = q.shape[:2]
 
     def query_block(i: Array) -> tuple[Array, Array]:

@@ -1,62 +1,46 @@
-"""Send tokens to their experts' rows and back, with gathers in both directions.
+"""Bring each expert's rows together and each token's rows back, with gathers only.
 
-The gradient of a permutation is the inverse permutation. Automatic differentiation does not know
-that a gather is one and would scatter, which is slow everywhere and serial on a CPU.
+A token appears once for each of its K choices. The gradient of gathering by a permutation is
+gathering by its inverse; automatic differentiation does not know that and would scatter, which is
+slow everywhere and serial on a CPU. So both directions are kept at hand.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-class Permutation(NamedTuple):
-    """Where each of the T x K (token, choice) pairs stands once rows are sorted by expert."""
+class Order(NamedTuple):
+    """Where each of the N = T x K (token, choice) pairs stands once rows are sorted by expert."""
 
     pair_of_row: Int[Array, "N"]
-    row_of_pair: Int[Array, "N"]
+    row_of_pair: Int[Array, "T K"]
+    sizes: Int[Array, "E"]
+    """Rows of each expert; they sum to N."""
+
+    @property
+    def token_of_row(self) -> Int[Array, "N"]:
+        """The token that row n holds."""
+        return self.pair_of_row // self.row_of_pair.shape[1]
 
 
-def sort_by_expert(experts: Int[Array, "T K"]) -> Permutation:
-    """The stable order that brings every expert's rows together."""
+def sort_by_expert(experts: Int[Array, "T K"], count: int) -> Order:
+    """The stable order that brings the rows of each of `count` experts together."""
     pair_of_row = jnp.argsort(experts.ravel(), stable=True)
-    row_of_pair = jnp.zeros_like(pair_of_row).at[pair_of_row].set(
-        jnp.arange(pair_of_row.size, dtype=pair_of_row.dtype), unique_indices=True
-    )
-    return Permutation(pair_of_row, row_of_pair)
+    places = jnp.arange(pair_of_row.size, dtype=pair_of_row.dtype)
+    row_of_pair = jnp.zeros_like(places).at[pair_of_row].set(places, unique_indices=True)
+    sizes = jnp.bincount(experts.ravel(), length=count)
+    return Order(pair_of_row, row_of_pair.reshape(experts.shape), sizes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def to_rows(x: Float[Array, "T D"], order: Permutation, choices: int) -> Float[Array, "N D"]:
-    """Row n holds the token of the pair that stands at n; each token appears `choices` times."""
-    return x[order.pair_of_row // choices]
+def sum_choices(rows: Float[Array, "M D"], order: Order) -> Float[Array, "T D"]:
+    """The sum of each token's K rows, in float32; `rows` may be longer than N.
 
-
-@jax.custom_vjp
-def to_pairs(rows: Float[Array, "N D"], order: Permutation) -> Float[Array, "N D"]:
-    """Undo the sorting: pair t * K + k holds what expert choice k of token t made."""
-    return rows[order.row_of_pair]
-
-
-def _to_rows_forward(x: Array, order: Permutation, choices: int) -> tuple[Array, Permutation]:
-    return to_rows(x, order, choices), order
-
-
-def _to_rows_backward(choices: int, order: Permutation, d: Array) -> tuple[Array, None]:
-    return d[order.row_of_pair].reshape(-1, choices, d.shape[-1]).sum(1), None
-
-
-def _to_pairs_forward(rows: Array, order: Permutation) -> tuple[Array, Permutation]:
-    return to_pairs(rows, order), order
-
-
-def _to_pairs_backward(order: Permutation, d: Array) -> tuple[Array, None]:
-    return d[order.pair_of_row], None
-
-
-to_rows.defvjp(_to_rows_forward, _to_rows_backward)
-to_pairs.defvjp(_to_pairs_forward, _to_pairs_backward)
+    One gather a choice, added as they come: the array of all pairs is never made.
+    """
+    choices = order.row_of_pair.shape[1]
+    taken = (rows[order.row_of_pair[:, k]].astype(jnp.float32) for k in range(choices))
+    return sum(taken, start=jnp.float32(0)).astype(rows.dtype)

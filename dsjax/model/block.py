@@ -42,11 +42,11 @@ class Block(nnx.Module):
 
     def decode(
         self,
-        x: Float[Array, "B Q D"],
+        x: Float[Array, "B S D"],
         table: RotaryTable,
         cache: Latent,
-        cached: Bool[Array, "B S"],
-    ) -> tuple[Float[Array, "B Q D"], Latent]:
+        cached: Bool[Array, "B C"],
+    ) -> tuple[Float[Array, "B S D"], Latent]:
         """New tokens over a cache; returns their latents for the caller to keep."""
         attended, latent = self.attn.absorbed(self.attn_norm(x), table, cache, cached)
         x, _ = self._feed_forward(x + attended)
@@ -62,7 +62,9 @@ class Block(nnx.Module):
         return constrain(x + y, "batch", "sequence", "residual"), routing
 
 
-def make_stack(config: ModelConfig, key: Array, dtype: jnp.dtype, count: int, *, moe: bool) -> Block | None:
+def make_stack(
+    config: ModelConfig, key: Array, dtype: jnp.dtype, count: int, *, moe: bool
+) -> Block | None:
     """`count` blocks as one, every array with a leading axis, ready to be scanned; None for 0."""
     if count == 0:
         return None

@@ -49,16 +49,22 @@ def variables(tree: Any) -> list[tuple[str, nnx.Variable[Any]]]:
 
 
 def tree_shardings(tree: Tree, layout: Layout) -> Tree:
-    """The same tree with each variable's array replaced by its sharding.
+    """The same tree with each array replaced by its sharding.
+
+    Variables go where their axes say; arrays that are no variables (counters, random keys) are
+    on every device.
 
     Raises:
         UserError: a dimension does not divide over its mesh axes.
     """
-    leaves = [
-        layout.sharding(variable_axes(variable), variable.shape)
-        for _, variable in variables(tree)
+    leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
+    shardings = [
+        layout.sharding(
+            variable_axes(leaf) if _is_variable(leaf) else (None,) * leaf.ndim, leaf.shape
+        )
+        for leaf in leaves
     ]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return jax.tree.unflatten(jax.tree.structure(tree), shardings)
 
 
 def _is_variable(node: Any) -> bool:

@@ -97,21 +97,19 @@ class MLA(nnx.Module):
 
     def absorbed(
         self,
-        x: Float[Array, "B Q D"],
+        x: Float[Array, "B S D"],
         table: RotaryTable,
         cache: Latent,
-        cached: Bool[Array, "B S"],
-    ) -> tuple[Float[Array, "B Q D"], Latent]:
+        cached: Bool[Array, "B C"],
+    ) -> tuple[Float[Array, "B S D"], Latent]:
         """Attention of new tokens over a cache and, causally, over themselves.
 
-        `cached` marks the entries of the cache that are filled. Returns the output and the new
-        tokens' latents, which the caller writes into the cache.
+        `cached` marks which of the C entries of the cache are filled. Returns the output and the
+        new tokens' latents, which the caller writes into the cache.
         """
         q_nope, q_rope = self._queries(x, table)
         new = self._latent(x, table)
-        w_k, w_v = jnp.split(
-            use(self.kv_b.weight, x.dtype), [self.config.qk_nope_head_dim], axis=1
-        )
+        w_k, w_v = jnp.split(use(self.kv_b.weight, x.dtype), [self.config.qk_nope_head_dim], axis=1)
         q_latent = jnp.einsum("bqhn,hnr->bqhr", q_nope, w_k)
 
         def scores(latent: Latent) -> Array:

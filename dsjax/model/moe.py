@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import ModelConfig
-from dsjax.kernels.grouped_matmul import grouped_matmul
-from dsjax.kernels.permutation import sort_by_expert, to_pairs, to_rows
+from dsjax.kernels.experts import routed_experts
+from dsjax.kernels.swiglu import SwiGLU
 from dsjax.model.layers import MLP, RouterBias, parameter, use
 from sharding.rules import constrain
 
@@ -117,19 +117,9 @@ class Experts(nnx.Module):
         self.down = parameter(keys[2], (experts, embed, width), narrow, std, dtype)
 
     def __call__(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
-        """sum_k gate_k * expert_k(x) for every token.
-
-        The gate multiplies the narrow inner activation: the same sum, for F numbers instead of D.
-        """
-        tokens, choices = routing.experts.shape
-        order = sort_by_expert(routing.experts)
-        sizes = jnp.bincount(routing.experts.ravel(), length=self.gate.shape[0])
-        rows = to_rows(x, order, choices)
-        inner = jax.nn.silu(grouped_matmul(rows, use(self.gate, x.dtype), sizes))
-        inner = inner * grouped_matmul(rows, use(self.up, x.dtype), sizes)
-        gates = routing.gates.ravel()[order.pair_of_row].astype(x.dtype)
-        out = grouped_matmul(inner * gates[:, None], use(self.down, x.dtype), sizes)
-        return to_pairs(out, order).reshape(tokens, choices, -1).sum(1)
+        """sum_k gate_k * expert_k(x) for every token."""
+        weights = SwiGLU(*(use(w, x.dtype) for w in (self.gate, self.up, self.down)))
+        return routed_experts(x, weights, routing.experts, routing.gates)
 
 
 class MoE(nnx.Module):
@@ -155,9 +145,7 @@ class MoE(nnx.Module):
         return (y + self.shared(x) if self.config.n_shared_experts else y), routing
 
 
-def expert_stats(
-    routing: Routing, valid: Bool[Array, "B S"], config: ModelConfig
-) -> ExpertStats:
+def expert_stats(routing: Routing, valid: Bool[Array, "B S"], config: ModelConfig) -> ExpertStats:
     """Loads and the sequence-wise balance loss, over valid (not padding) tokens only.
 
     DeepSeek-V3 section 2.1.2, equations 17 to 20, for one sequence of T tokens:

@@ -8,6 +8,7 @@ of the head too, so that the logits are computed once: three products, as for an
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,7 @@ def _forward(
     return total, (d_hidden[:, : hidden.shape[1]], d_head.astype(head.dtype))
 
 
-def _backward(
-    chunk: int, saved: tuple[Array, Array], d: Array
-) -> tuple[Array, Array, None, None]:
+def _backward(chunk: int, saved: tuple[Array, Array], d: Array) -> tuple[Array, Array, None, None]:
     d_hidden, d_head = saved
     return (d * d_hidden).astype(d_hidden.dtype), (d * d_head).astype(d_head.dtype), None, None
 
@@ -82,7 +81,7 @@ def token_scores(
     """For evaluation: each position's negative log-likelihood in nats, and its likeliest token."""
 
     def one_chunk(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        nll, logits, _ = _negative_log_likelihood(part[0], head, part[1])
+        nll, logits, _log_total = _negative_log_likelihood(part[0], head, part[1])
         return None, (nll, jnp.argmax(logits, axis=-1))
 
     _, scores = jax.lax.scan(one_chunk, None, _split(chunk, hidden, targets))
@@ -101,7 +100,7 @@ def _negative_log_likelihood(
     return log_total - picked, logits, log_total
 
 
-def _split(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+def _split(chunk: int, *arrays: Array) -> Any:
     """[B, S, ...] to [chunks, B, chunk, ...]; zeros fill the last chunk."""
     length = arrays[0].shape[1]
     chunk = min(chunk, length)

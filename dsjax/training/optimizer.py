@@ -37,7 +37,7 @@ def scale_by_bfloat16_adam(beta1: float, beta2: float, eps: float) -> optax.Grad
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.bfloat16), params)
         return Moments(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
 
-    def update(grads: Any, state: Moments, params: Any = None) -> tuple[Any, Moments]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Moments]:
         count = state.count + 1
         first = 1 - beta1 ** count.astype(jnp.float32)
         second = 1 - beta2 ** count.astype(jnp.float32)
@@ -45,13 +45,11 @@ def scale_by_bfloat16_adam(beta1: float, beta2: float, eps: float) -> optax.Grad
         def mean(old: Array, new: Array, beta: float) -> Array:
             return beta * old.astype(jnp.float32) + (1 - beta) * new
 
-        mu = jax.tree.map(lambda m, g: mean(m, g, beta1), state.mu, grads)
-        nu = jax.tree.map(lambda v, g: mean(v, g * g, beta2), state.nu, grads)
-        direction = jax.tree.map(
-            lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu
-        )
-        kept = optax.tree.cast((mu, nu), jnp.bfloat16)
-        return direction, Moments(count, *kept)
+        mu = jax.tree.map(lambda m, g: mean(m, g, beta1), state.mu, updates)
+        nu = jax.tree.map(lambda v, g: mean(v, g * g, beta2), state.nu, updates)
+        direction = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu)
+        mu_kept, nu_kept = (optax.tree.cast(tree, jnp.bfloat16) for tree in (mu, nu))
+        return direction, Moments(count, mu_kept, nu_kept)
 
     return optax.GradientTransformation(init, update)
 

@@ -160,7 +160,7 @@ def make_train_step(
             return optax.tree.cast(grads, jnp.float32), sums
 
         grads, sums = _accumulate(gradients, batch.tokens.shape[0], microbatches)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss)
         updates, moments = optimizer.update(grads, state.moments, params)
         params_new = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, params, updates)

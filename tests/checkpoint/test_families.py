@@ -5,7 +5,8 @@ import pytest
 
 from dsjax.checkpoint.families import match, tensors, without_absent_mtp
 from dsjax.checkpoint.safetensors import Entry
-from dsjax.config import ModelConfig, load_model_config
+from dsjax.config import ModelConfig
+from dsjax.config_files import load_model_config
 from dsjax.errors import UserError
 from dsjax.model.layers import variables
 from dsjax.model.transformer import DeepSeek

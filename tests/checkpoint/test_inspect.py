@@ -13,7 +13,7 @@ import pytest
 
 from dsjax import cli
 from dsjax.checkpoint.inspect import inspect, report
-from dsjax.config import load_model_config
+from dsjax.config_files import load_model_config
 from dsjax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]

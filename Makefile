@@ -1,0 +1,65 @@
+# Every command makes its own environment in .venv: nothing is needed but Python 3.11 or newer.
+# The plain pip lines are those of the two recipes below .venv/made.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+# The parity tests need torch, and its CPU build is enough: 2.13.0+cpu where pip finds one, else
+# what the package index calls torch 2.13.0, which brings CUDA's libraries along on Linux.
+TORCH ?= torch==2.13.0
+
+.PHONY: help demo test test-fast parity lint format clean
+
+help:
+	@echo "make demo       train a small DeepSeek-V3 on the CPU, in minutes; results in runs/demo"
+	@echo "make test       all tests but those of parity"
+	@echo "make test-fast  without the slow ones"
+	@echo "make parity     the same numbers as transformers (installs torch)"
+	@echo "make lint       format, lint and types"
+	@echo "make format     format, and fix what can be fixed"
+	@echo "make clean      remove environment and caches; runs stay"
+
+demo: .venv/made
+	$(BIN)/python train.py
+
+test: .venv/made
+	$(BIN)/python -m pytest
+
+test-fast: .venv/made
+	$(BIN)/python -m pytest -m "not slow"
+
+parity: .venv/made-parity
+	$(BIN)/python -m pytest tests/parity -s
+
+lint: .venv/made-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: .venv/made-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache build *.egg-info
+
+# The environment belongs to this file: it is made anew when its inputs change. Each stamp is written
+# last, so that one which was interrupted does not count as made.
+
+.venv/made: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=python3.11" >&2; exit 2; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(PIP) -e '.[test]' -c constraints.txt
+	touch $@
+
+.venv/made-parity: .venv/made
+	$(PIP) '$(TORCH)' -e '.[parity]' -c constraints.txt
+	touch $@
+
+.venv/made-dev: .venv/made
+	$(PIP) -e '.[dev]' -c constraints.txt
+	touch $@

@@ -1,0 +1,68 @@
+"""`dsjax.load`: a model from whatever holds one, weights placed on the mesh."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsjax.checkpoint.huggingface import load_huggingface
+from dsjax.checkpoint.store import CheckpointStore
+from dsjax.config_files import load_run_config
+from dsjax.errors import UserError
+from dsjax.model.layers import RouterBias, tree_shardings, variables
+from dsjax.model.transformer import DeepSeek
+from sharding.mesh import make_mesh
+from sharding.rules import Layout
+
+
+def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> DeepSeek:
+    """Load a model.
+
+    Args:
+        path: a Hugging Face folder of the deepseek_v3 family, or the directory of a run.
+        dtype: float32 or bfloat16, to hold and compute in; None keeps what is stored. Router
+            biases are always float32.
+        mesh: made by `sharding.mesh.make_mesh`; None puts everything on the default device.
+
+    Raises:
+        UserError: nothing there can be loaded; the message says what was found.
+    """
+    folder = Path(path)
+    layout = None if mesh is None else Layout(mesh)
+    if (folder / "checkpoints").is_dir():
+        return _load_run(folder, dtype, layout)
+    if (folder / "config.json").is_file():
+        return load_huggingface(folder, dtype, layout)
+    found = "a folder without config.json or checkpoints/" if folder.is_dir() else "no such folder"
+    raise UserError(f"{folder}: {found}; expected a Hugging Face folder or a run directory")
+
+
+def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> DeepSeek:
+    """The newest sound weights of a run; its optimizer is left where it is."""
+    config = load_run_config(folder / "config.yaml")
+    layout = layout or Layout(make_mesh(devices=jax.devices()[:1]))
+    abstract = jax.eval_shape(
+        lambda key: DeepSeek(config.model, key, dtype=config.training.compute_dtype),
+        jax.random.key(0),
+    )
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        tree_shardings(abstract, layout),
+    )
+    with closing(CheckpointStore(folder / "checkpoints", config.checkpoint.keep)) as store:
+        restored = store.restore({"model": placed}, part=True)
+    if restored is None:
+        raise UserError(f"{folder}: the run has no checkpoint yet; let it train longer")
+    model: DeepSeek = restored[1]["model"]
+    if dtype is not None:
+        model.dtype = jnp.dtype(dtype)
+        for _, variable in variables(model):
+            if not isinstance(variable, RouterBias):
+                variable[...] = variable[...].astype(dtype)
+    return model

@@ -1,0 +1,135 @@
+"""Reading configurations: names and paths, `section.key=value` overrides, errors on one line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dsjax.config import ModelConfig, RunConfig
+from dsjax.errors import UserError, one_line
+
+T = TypeVar("T", bound=BaseModel)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def load_model_config(name: str | Path) -> ModelConfig:
+    """Read a model configuration: a YAML path, or a name under `configs/model/`."""
+    path = find_config(name, CONFIGS / "model")
+    return parse(ModelConfig, read_yaml(path), source=str(path))
+
+
+def load_run_config(name: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run configuration and apply `section.key=value` overrides.
+
+    `model` may be a name under `configs/model/`, a path, or the mapping itself.
+    Raises `UserError` naming the file and the key.
+    """
+    path = find_config(name, CONFIGS)
+    tree = read_yaml(path)
+    overrides = list(overrides or [])
+    for text in [o for o in overrides if o.startswith("model=")]:
+        tree["model"] = text.partition("=")[2]
+        overrides.remove(text)
+    if isinstance(tree.get("model"), str):
+        tree["model"] = read_yaml(find_config(tree["model"], CONFIGS / "model"))
+    for text in overrides:
+        _override(tree, text)
+    return parse(RunConfig, tree, source=str(path))
+
+
+def find_config(name: str | Path, folder: Path) -> Path:
+    """The file `name`, or `folder/name.yaml`; a `UserError` lists what there is."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    named = folder / f"{name}.yaml"
+    if named.is_file():
+        return named
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise UserError(
+        f"{name}: no such file, and no such name in {folder}; known: {', '.join(known)}"
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping, or raise `UserError`."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    return tree
+
+
+def parse(kind: type[T], tree: dict[str, Any], source: str) -> T:
+    """Validate `tree` as `kind`; the first problem becomes a one-line `UserError`."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(kind, error)}") from None
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    """Apply one `section.key=value`, the value read as YAML; list items go by number."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text!r}: an override looks like section.key=value")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for name in parents:
+        node = node.setdefault(name, {}) if isinstance(node, dict) else _item(node, name, key)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}: {value!r} is not YAML: {one_line(error)}") from error
+    if isinstance(node, dict):
+        node[last] = parsed
+    else:
+        _item(node, last, key)
+        node[int(last)] = parsed
+
+
+def _item(node: Any, name: str, key: str) -> Any:
+    if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+        return node[int(name)]
+    raise UserError(f"{key}: there is no {name!r} to override in a {type(node).__name__}")
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    """The first problem, with the nearest valid key where the key is unknown."""
+    problems = error.errors(include_url=False)
+    # A misspelled key is unknown under its own name and missing under the right one: say the first.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(kind, problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)
+        return f"unknown key {where!r}; the nearest valid key is {near[0]!r}"
+    if problem["type"] == "missing":
+        return f"the key {where!r} is missing"
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section at `loc` knows."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        kind = _sections(kind.model_fields[part].annotation)[0]
+    return list(kind.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Every Section class inside an annotation such as `YarnConfig | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for arg in get_args(annotation) for found in _sections(arg)]

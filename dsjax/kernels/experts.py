@@ -1,0 +1,146 @@
+"""The routed experts: a SwiGLU for every (token, choice) pair, with a gradient written by hand.
+
+    y_t = sum_k g_tk W_down^e (silu(W_gate^e x_t) * W_up^e x_t),   e = experts_tk
+
+Pairs are rows sorted by expert, so each product is that of a group of rows with one matrix.
+Matrices keep the released layout [experts, out, in]. No pair is dropped: memory is that of T x K
+rows at any imbalance. The backward pass finds x and the two pre-activations and makes the rest
+again (DeepSeek-V3, arXiv:2412.19437, section 3.3.3, keeps the same).
+
+On a CPU, XLA lowers `jax.lax.ragged_dot` to a product of every group with every row;
+`experts_blocked` does only the useful work there. Elsewhere `ragged_dot` is used.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsjax.kernels import experts_blocked
+from dsjax.kernels.permutation import Order, sort_by_expert, sum_choices
+from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
+
+
+def routed_experts_reference(
+    x: Float[Array, "T D"],
+    weights: SwiGLU,
+    experts: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+) -> Float[Array, "T D"]:
+    """The meaning of `routed_experts`: every pair with its own copy of its three matrices."""
+    gate, up, down = (matrix[experts] for matrix in weights)
+    inner = jax.nn.silu(jnp.einsum("td,tkfd->tkf", x, gate)) * jnp.einsum("td,tkfd->tkf", x, up)
+    return jnp.einsum("tkf,tkdf,tk->td", inner, down, gates.astype(x.dtype))
+
+
+@jax.custom_vjp
+def routed_experts(
+    x: Float[Array, "T D"],
+    weights: SwiGLU,
+    experts: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+) -> Float[Array, "T D"]:
+    """sum_k gate_k * expert_k(x) for every token.
+
+    The gate multiplies the narrow inner activation: the same sum, for F numbers instead of D.
+
+    Args:
+        x: tokens, in the dtype of `weights`.
+        weights: all experts' matrices, stacked.
+        experts: the K experts of each token; the same one may come twice.
+        gates: what each choice counts.
+    """
+    return _forward(x, weights, experts, gates)[0]
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs."""
+
+    x: Array
+    weights: SwiGLU
+    order: Order
+    gates: Array
+    before: tuple[Array, Array]
+    """W_gate x and W_up x of every row, [N, F] each."""
+
+
+def _forward(x: Array, weights: SwiGLU, experts: Array, gates: Array) -> tuple[Array, _Saved]:
+    order = sort_by_expert(experts, weights.gate.shape[0])
+    y, before = lax.platform_dependent(
+        x,
+        weights,
+        order,
+        gates.ravel()[order.pair_of_row],
+        cpu=experts_blocked.forward,
+        default=_forward_ragged,
+    )
+    return y, _Saved(x, weights, order, gates, before)
+
+
+def _backward(saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
+    order = saved.order
+    dx, d_weights, d_gates = lax.platform_dependent(
+        saved.x,
+        saved.weights,
+        order,
+        saved.gates.ravel()[order.pair_of_row],
+        saved.before,
+        dy,
+        cpu=experts_blocked.backward,
+        default=_backward_ragged,
+    )
+    return dx, d_weights, None, d_gates[order.row_of_pair].astype(saved.gates.dtype)
+
+
+routed_experts.defvjp(_forward, _backward)
+
+
+# ---------------------------------------------------------------------------------------------
+# TPU and GPU: XLA's own grouped products
+# ---------------------------------------------------------------------------------------------
+
+
+def _forward_ragged(
+    x: Array, weights: SwiGLU, order: Order, gates: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    rows = x[order.token_of_row]
+    before = tuple(
+        lax.ragged_dot(rows, matrix.swapaxes(1, 2), order.sizes)
+        for matrix in (weights.gate, weights.up)
+    )
+    inner = swiglu(*before, gates)
+    out = lax.ragged_dot(inner, weights.down.swapaxes(1, 2), order.sizes)
+    return sum_choices(out, order), before
+
+
+def _backward_ragged(
+    x: Array,
+    weights: SwiGLU,
+    order: Order,
+    gates: Array,
+    before: tuple[Array, Array],
+    dy: Array,
+) -> tuple[Array, SwiGLU, Array]:
+    token, sizes = order.token_of_row, order.sizes
+    rows, d_out = x[token], dy[token]
+    d_inner = lax.ragged_dot(d_out, weights.down, sizes)
+    inner, d_gate, d_up, d_gates = swiglu_gradient(*before, gates, d_inner)
+    d_rows = lax.ragged_dot(d_gate, weights.gate, sizes) + lax.ragged_dot(d_up, weights.up, sizes)
+    d_weights = SwiGLU(
+        _outer(d_gate, rows, sizes), _outer(d_up, rows, sizes), _outer(d_out, inner, sizes)
+    )
+    return sum_choices(d_rows, order), d_weights, d_gates
+
+
+def _outer(dy: Array, x: Array, sizes: Array) -> Array:
+    """Gradient of the matrices: dy^T x within each group, [E, out, in]."""
+    rows_are_ragged = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+    )
+    return lax.ragged_dot_general(dy, x, sizes, rows_are_ragged)

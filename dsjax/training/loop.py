@@ -1,0 +1,247 @@
+"""The training loop: batches in, steps, records, evaluations and saves out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from dsjax.checkpoint.store import CheckpointStore
+from dsjax.config import RunConfig, schedule_value
+from dsjax.data.held_out import HeldOutRows
+from dsjax.data.pipeline import TrainingIterator
+from dsjax.training.evaluate import add_scores, batches_of, score_rows, summarize
+from dsjax.training.metrics import MetricsLog
+from dsjax.training.progress import ProgressDisplay
+from dsjax.training.signals import Termination
+from dsjax.training.step import Batch, Knobs, Metrics, TrainState, make_train_step
+from sharding.rules import Layout
+
+
+@dataclass
+class Clock:
+    """Where a run is. Tokens are counted here: 14.8T do not fit into a device's int32."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the schedules say about one step."""
+
+    microbatches: int
+    tokens: int
+    learning_rate: float
+    mtp_weight: float
+    bias_update_rate: float
+
+
+def plan_step(config: RunConfig, clock: Clock) -> Plan:
+    """Read every schedule at the tokens seen before the step."""
+    training = config.training
+    seen = clock.tokens
+    rows = schedule_value(training.batch_size, seen)
+    microbatches = int(rows) // training.microbatch_size
+    warm = min(1.0, (clock.step + 1) / max(config.optimizer.warmup_steps, 1))
+    return Plan(
+        microbatches=microbatches,
+        tokens=microbatches * training.microbatch_size * config.data.sequence_length,
+        learning_rate=schedule_value(config.optimizer.learning_rate, seen) * warm,
+        mtp_weight=schedule_value(training.mtp_weight, seen),
+        bias_update_rate=schedule_value(training.bias_update_rate, seen),
+    )
+
+
+@dataclass
+class TrainingLoop:
+    """One run while it runs. `exit_code` is set when it ends before its tokens are seen."""
+
+    config: RunConfig
+    layout: Layout
+    state: TrainState
+    clock: Clock
+    data: TrainingIterator
+    held_out: HeldOutRows | None
+    store: CheckpointStore
+    log: MetricsLog
+    console: Console
+    termination: Termination
+    exit_code: int | None = None
+
+    def __post_init__(self) -> None:
+        self._step: Any = jax.jit(make_train_step(self.config), donate_argnums=0)
+        self._score = jax.jit(partial(score_rows, chunk=self.config.training.loss_chunk))
+        most = max(stage.value for stage in self.config.training.batch_size)
+        self._slots = int(most) // self.config.training.microbatch_size
+        self._bad_steps = 0
+        self._saved_at = self.clock.step
+        self._display = ProgressDisplay(
+            self.config.training.tokens, self.clock.tokens, self.console
+        )
+
+    def run(self) -> None:
+        """Step until the tokens are seen, a signal arrives, or the run has diverged."""
+        if not self._done():
+            self._train()
+        if self.exit_code is None:
+            self.exit_code = self.termination.exit_code
+        self.save()
+        self.store.wait()
+
+    def _train(self) -> None:
+        with self._display:
+            self._compile()
+            pending: tuple[Clock, Plan, Metrics] | None = None
+            begin = time.monotonic()
+            while not self._done():
+                plan = plan_step(self.config, self.clock)
+                self.state, metrics = self._step(*self._arguments(plan))
+                self.clock = Clock(self.clock.step + 1, self.clock.tokens + plan.tokens)
+                # The last step's numbers are fetched while this one runs.
+                if pending:
+                    begin = self._report(*pending, begin)
+                pending = (self.clock, plan, metrics)
+                if self._due(self.config.evaluation.every_steps) or self._due(
+                    self.config.checkpoint.every_steps
+                ):
+                    begin = self._report(*pending, begin)
+                    pending = None
+                    self._pause()
+                    begin = time.monotonic()
+            if pending:
+                self._report(*pending, begin)
+
+    def evaluate(self, limit: int | None) -> None:
+        """Score held-out rows, all or the first `limit` batches, and record the result."""
+        assert self.held_out is not None
+        total = None
+        size = self.config.training.microbatch_size
+        for arrays in batches_of(self.held_out, size, limit):
+            placed = (self._place(array, ("batch", "sequence")) for array in arrays)
+            total = add_scores(total, self._score(self.state.model, *placed))
+        assert total is not None
+        found = summarize(total, self.held_out)
+        values = {f"held_out_{name}": value for name, value in found._asdict().items()}
+        complete = limit is None
+        self.log.write(
+            self.clock.step, {"tokens": self.clock.tokens, "held_out_complete": complete, **values}
+        )
+        self._display.say(
+            f"step {self.clock.step}  held out{'' if complete else ' (sample)'}: "
+            f"loss {found.loss:.3f}  {found.bits_per_byte:.3f} bits per byte  "
+            f"MaxVio {max(found.max_violation, default=0.0):.2f}  "
+            f"MTP acceptance {found.acceptance:.0%}"
+        )
+
+    def save(self) -> None:
+        """Start saving everything that the next step depends on."""
+        if self._saved_at == self.clock.step:
+            return
+        extra = {
+            "tokens": self.clock.tokens,
+            "data": self.data.get_state(),
+            "model": self.config.model.model_dump(),
+        }
+        self.store.save(self.clock.step, self.state, extra)
+        self._saved_at = self.clock.step
+
+    def _done(self) -> bool:
+        training = self.config.training
+        return (
+            self.clock.tokens >= training.tokens
+            or (training.max_steps is not None and self.clock.step >= training.max_steps)
+            or self.termination.signal is not None
+            or self.exit_code is not None
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.clock.step % every == 0
+
+    def _pause(self) -> None:
+        """Between two steps: save and evaluate what is due."""
+        if self._due(self.config.checkpoint.every_steps):
+            self.save()
+        if self.held_out is not None and self._due(self.config.evaluation.every_steps):
+            self.evaluate(self.config.evaluation.batches)
+
+    def _compile(self) -> None:
+        """Compile before the clock of throughput starts."""
+        begin = time.monotonic()
+        plan = Plan(1, 0, 0.0, 0.0, 0.0)
+        empty = np.zeros((self._slots, *self._microbatch_shape()), np.int32)
+        batch = Batch(*(self._place(empty, (None, "batch", "sequence")) for _ in range(2)))
+        self._step = self._step.lower(self.state, batch, *_scalars(plan)).compile()
+        self._display.say(f"compiled the step in {time.monotonic() - begin:.1f} s")
+
+    def _arguments(self, plan: Plan) -> tuple[Any, ...]:
+        shape = (self._slots, *self._microbatch_shape())
+        tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for index in range(plan.microbatches):
+            batch = next(self.data)
+            tokens[index], segment_ids[index] = batch["tokens"], batch["segment_ids"]
+        batch = Batch(
+            *(self._place(array, (None, "batch", "sequence")) for array in (tokens, segment_ids))
+        )
+        return self.state, batch, *_scalars(plan)
+
+    def _microbatch_shape(self) -> tuple[int, int]:
+        """Rows and places of this process's part of a microbatch."""
+        rows = self.config.training.microbatch_size // jax.process_count()
+        return rows, self.config.data.sequence_length
+
+    def _place(self, array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
+        """This process's rows, as part of the global array on the mesh."""
+        shape = list(array.shape)
+        shape[axes.index("batch")] *= jax.process_count()
+        place = self.layout.sharding(axes, tuple(shape))
+        return jax.make_array_from_process_local_data(place, array)
+
+    def _report(self, clock: Clock, plan: Plan, metrics: Metrics, begin: float) -> float:
+        """Record a finished step; returns when it ended."""
+        sums = jax.device_get(metrics.sums)
+        violations = np.asarray(metrics.max_violation).tolist()
+        finite = bool(metrics.finite)
+        now = time.monotonic()
+        values = {
+            "tokens": clock.tokens,
+            "loss": float(sums.loss),
+            "mtp_loss": sums.mtp_loss.tolist(),
+            "balance_loss": float(sums.balance_loss),
+            "max_violation": violations,
+            "max_violation_worst": max(violations, default=0.0),
+            "load": sums.load.tolist(),
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": plan.learning_rate,
+            "mtp_weight": plan.mtp_weight,
+            "bias_update_rate": plan.bias_update_rate,
+            "batch_size": plan.microbatches * self.config.training.microbatch_size,
+            "tokens_per_second": plan.tokens / max(now - begin, 1e-9),
+            "finite": finite,
+        }
+        self.log.write(clock.step, values)
+        self._display.update(clock.step, clock.tokens, values)
+        self._count_bad(clock.step, finite)
+        return now
+
+    def _count_bad(self, step: int, finite: bool) -> None:
+        self._bad_steps = 0 if finite else self._bad_steps + 1
+        if not finite:
+            self._display.say(f"step {step}: loss or gradient is not finite; nothing was changed")
+        if self._bad_steps >= self.config.training.max_bad_steps:
+            self._display.say(
+                f"error: {self._bad_steps} steps in a row were not finite; the state before them "
+                "is saved. Lower optimizer.learning_rate or look at the data, then resume"
+            )
+            self.exit_code = 1
+
+
+def _scalars(plan: Plan) -> tuple[jax.Array, Knobs]:
+    knobs = (plan.learning_rate, plan.mtp_weight, plan.bias_update_rate)
+    return jnp.int32(plan.microbatches), Knobs(*(jnp.float32(value) for value in knobs))

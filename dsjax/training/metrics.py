@@ -1,0 +1,75 @@
+"""What a run records: one JSON line a step, and the same numbers as TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """`metrics.jsonl` and `tensorboard/` of a run directory.
+
+    A resumed run drops what was recorded after the step it resumes from, so that every step
+    stands in the file once.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        self.is_evaluated = False
+        """Whether all held-out rows were scored at the step that the run resumes from."""
+        self._keep_until(resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record a step's values; numbers that are not finite become null."""
+        record = {"step": step, **{name: _plain(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+    def _keep_until(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = [record for record in read_metrics(self._path) if record["step"] <= step]
+        self.is_evaluated = any(
+            record["step"] == step and record.get("held_out_complete") for record in kept
+        )
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(partial, self._path)
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All complete records; a line that a killed run left half written ends the list."""
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | str):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None

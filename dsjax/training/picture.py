@@ -1,0 +1,87 @@
+"""The picture of a run: losses, expert balance, learning rate, throughput."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dsjax.training.metrics import Record
+
+INK, ACCENT, SECOND, QUIET = "#1f2933", "#1769aa", "#c2410c", "#9aa5b1"
+
+
+def draw_run(records: list[Record], path: Path, title: str) -> None:
+    """Draw `training.png` from a run's records, atomically."""
+    steps = [r for r in records if "loss" in r]
+    held_out = [r for r in records if "held_out_loss" in r]
+    figure = Figure(figsize=(11, 7), layout="constrained", dpi=130)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
+    axes = figure.subplots(2, 3)
+    millions = np.array([r["tokens"] for r in steps]) / 1e6
+    _losses(axes[0, 0], steps, held_out, millions)
+    _violations(axes[0, 1], steps, millions)
+    _loads(axes[0, 2], held_out)
+    _line(axes[1, 0], millions, [r["learning_rate"] for r in steps], "learning rate")
+    _line(axes[1, 1], millions, [r["tokens_per_second"] for r in steps], "tokens per second")
+    axes[1, 1].set_ylim(bottom=0)
+    _line(axes[1, 2], millions, _numbers(steps, "grad_norm"), "gradient norm")
+    axes[1, 2].set_yscale("log")
+    partial = path.with_suffix(".tmp.png")
+    figure.savefig(partial)
+    os.replace(partial, path)
+
+
+def _losses(ax: Axes, steps: list[Record], held_out: list[Record], x: np.ndarray) -> None:
+    _line(ax, x, _numbers(steps, "loss"), "loss, nats per token", label="next token")
+    mtp = np.array([np.mean(r["mtp_loss"]) if r["mtp_loss"] else np.nan for r in steps])
+    if np.isfinite(mtp).any():
+        ax.plot(x, mtp, color=QUIET, lw=1, label="MTP")
+    if held_out:
+        tokens = [r["tokens"] / 1e6 for r in held_out]
+        ax.plot(tokens, _numbers(held_out, "held_out_loss"), "o-", ms=3, color=SECOND,
+                label="held out")  # fmt: skip
+    ax.legend(frameon=False, fontsize=8)
+
+
+def _violations(ax: Axes, steps: list[Record], x: np.ndarray) -> None:
+    layers = np.array([r["max_violation"] for r in steps], float)
+    for layer in layers.T:
+        ax.plot(x, layer, color=QUIET, lw=0.6)
+    if layers.size:
+        _line(ax, x, layers.max(1), "MaxVio of each batch, every layer", label="worst layer")
+        ax.legend(frameon=False, fontsize=8)
+    ax.set_ylim(bottom=0)
+
+
+def _loads(ax: Axes, held_out: list[Record]) -> None:
+    """Each expert's load over the mean, layer by layer, on held-out text."""
+    ax.set_title("held-out load of each expert / mean", fontsize=9, color=INK, loc="left")
+    if not held_out:
+        ax.set_axis_off()
+        return
+    load = np.array(held_out[-1]["held_out_load"], float)
+    relative = load * load.shape[1]
+    image = ax.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+    ax.set_xlabel("expert", fontsize=8)
+    ax.set_ylabel("expert layer, MTP last", fontsize=8)
+    ax.set_yticks(range(len(relative)))
+    ax.tick_params(labelsize=7)
+    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+
+
+def _line(
+    ax: Axes, x: np.ndarray, y: np.ndarray | list[float], title: str, label: str | None = None
+) -> None:
+    ax.plot(x, y, color=ACCENT, lw=1.2, label=label)
+    ax.set_title(title, fontsize=9, color=INK, loc="left")
+    ax.set_xlabel("million tokens", fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _numbers(records: list[Record], name: str) -> np.ndarray:
+    return np.array([np.nan if r[name] is None else r[name] for r in records], float)

@@ -1,0 +1,186 @@
+"""Pre-training from a configuration to a finished run directory, resuming where it left off.
+
+run_dir/config.yaml        the resolved configuration
+run_dir/tokenizer/         the tokenizer, trained on the training documents or given
+run_dir/checkpoints/       the newest saves, each complete and checked (dsjax.checkpoint.store)
+run_dir/metrics.jsonl      one record a step, and one an evaluation
+run_dir/tensorboard/       the same numbers
+run_dir/training.png       the picture
+run_dir/summary.json       what the run ended with
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import jax
+import yaml
+from rich.console import Console
+
+from dsjax.checkpoint.store import CheckpointStore
+from dsjax.config import RunConfig
+from dsjax.data.held_out import HeldOutRows, held_out_rows
+from dsjax.data.pipeline import TrainingIterator, sample_texts, training_iterator
+from dsjax.data.sources import Corpus, open_corpus
+from dsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from dsjax.errors import UserError, one_line
+from dsjax.model.layers import tree_shardings
+from dsjax.training.loop import Clock, TrainingLoop
+from dsjax.training.metrics import MetricsLog, read_metrics
+from dsjax.training.picture import draw_run
+from dsjax.training.signals import catch_termination
+from dsjax.training.step import TrainState, init_state
+from dsjax.training.summary import show_summary, summary_of
+from sharding.mesh import make_mesh
+from sharding.rules import TRAIN_RULES, Layout, use_layout
+
+
+def pretrain(config: RunConfig, console: Console) -> None:
+    """Train, or go on training, until `training.tokens` are seen; then evaluate and summarize.
+
+    Leaves with exit code 128 + signal after saving when SIGTERM or SIGINT arrives, and with 1
+    when `training.max_bad_steps` steps in a row are not finite.
+
+    Raises:
+        UserError: the configuration, the data, the tokenizer or the run directory cannot be used.
+            Nothing has been written then.
+    """
+    layout = Layout(make_mesh(config.mesh.model_dump()), {**TRAIN_RULES, **_rules(config)})
+    abstract = jax.eval_shape(partial(init_state, config))
+    shardings = tree_shardings(abstract, layout)
+    _check_batch(config, layout)
+    corpus = open_corpus(config.data)
+    folder = Path(config.run_dir)
+    tokenizer = _tokenizer(config, corpus, folder, console)
+    data = training_iterator(
+        corpus,
+        tokenizer,
+        config.data,
+        microbatch_size=config.training.microbatch_size // jax.process_count(),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    held_out = _held_out(config, corpus, tokenizer)
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        shardings,
+    )
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
+    with closing(data), closing(store), use_layout(layout), catch_termination() as termination:
+        state, clock = _resume(config, store, placed, data, console)
+        _write(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+        tokenizer.save(folder / "tokenizer")
+        if state is None:
+            state = jax.jit(partial(init_state, config), out_shardings=shardings)()
+        with closing(MetricsLog(folder, clock.step)) as log:
+            loop = TrainingLoop(
+                config, layout, state, clock, data, held_out, store, log, console, termination
+            )
+            loop.run()
+            if loop.exit_code is None and held_out is not None and not log.is_evaluated:
+                loop.evaluate(limit=None)
+        if loop.exit_code is not None:
+            sys.exit(loop.exit_code)
+    _finish(config, folder, corpus, held_out, console)
+
+
+def _rules(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """The configuration's changes to the rule table."""
+    if unknown := sorted(set(config.rules) - set(TRAIN_RULES)):
+        raise UserError(f"rules: unknown logical axis {unknown[0]!r}; known: {sorted(TRAIN_RULES)}")
+    return {name: tuple(axes) for name, axes in config.rules.items()}
+
+
+def _check_batch(config: RunConfig, layout: Layout) -> None:
+    """Say before any work that microbatches do not divide over the mesh."""
+    shape = (config.training.microbatch_size, config.data.sequence_length)
+    try:
+        layout.spec(("batch", "sequence"), shape)
+    except UserError as error:
+        raise UserError(f"training.microbatch_size={shape[0]}: {error}") from None
+
+
+def _tokenizer(config: RunConfig, corpus: Corpus, folder: Path, console: Console) -> Tokenizer:
+    """The given tokenizer, the run's own from before, or a new one from the training documents."""
+    vocab_size = config.model.vocab_size
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    elif (folder / "tokenizer").is_dir():
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    else:
+        begin = time.monotonic()
+        texts = sample_texts(corpus, config.data.tokenizer_train_bytes)
+        tokenizer = train_tokenizer(texts, vocab_size)
+        seconds = time.monotonic() - begin
+        _say(console, f"tokenizer: {tokenizer.vocab_size:,} entries, trained in {seconds:.1f} s")
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, more than "
+            f"model.vocab_size={vocab_size}; raise model.vocab_size"
+        )
+    return tokenizer
+
+
+def _held_out(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> HeldOutRows | None:
+    if config.data.held_out_fraction == 0:
+        return None
+    return held_out_rows(corpus, tokenizer, config.data.sequence_length)
+
+
+def _resume(
+    config: RunConfig,
+    store: CheckpointStore,
+    placed: TrainState,
+    data: TrainingIterator,
+    console: Console,
+) -> tuple[TrainState | None, Clock]:
+    """State and place of the newest sound checkpoint; None and the beginning when there is none."""
+    restored = store.restore(placed)
+    if restored is None:
+        return None, Clock()
+    step, state, extra = restored
+    saved, wanted = extra["model"], config.model.model_dump()
+    for key in wanted:
+        if saved.get(key) != wanted[key]:
+            raise UserError(
+                f"{config.run_dir}: holds a checkpoint of another model: {key} was "
+                f"{saved.get(key)}, is {wanted[key]}; restore the setting or choose another run_dir"
+            )
+    data.set_state(extra["data"])
+    _say(console, f"resuming {config.run_dir} at step {step:,}")
+    return state, Clock(step, extra["tokens"])
+
+
+def _finish(
+    config: RunConfig, folder: Path, corpus: Corpus, held_out: HeldOutRows | None, console: Console
+) -> None:
+    """Picture, summary file and table of a run that has seen all its tokens."""
+    records = read_metrics(folder / "metrics.jsonl")
+    title = f"{folder.name}: {records[-1]['tokens'] / 1e6:,.2f}M tokens"
+    draw_run(records, folder / "training.png", title)
+    summary = summary_of(config, records, corpus if held_out is not None else None)
+    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    show_summary(summary, console)
+    _say(console, f"run directory: {folder}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file in one piece."""
+    partial_path = path.with_name(path.name + ".tmp")
+    try:
+        partial_path.write_text(text, encoding="utf-8")
+        os.replace(partial_path, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {one_line(error)}") from error

@@ -1,0 +1,67 @@
+"""How a run shows that it is alive: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0
+"""Between two lines when there is no terminal."""
+
+
+class ProgressDisplay:
+    """Progress in tokens, with loss, throughput, MaxVio and the time left."""
+
+    def __init__(self, total_tokens: int, done_tokens: int, console: Console) -> None:
+        self._console = console
+        self._total = total_tokens
+        self._last_line = 0.0
+        self._began, self._first = time.monotonic(), done_tokens
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.fields[text]}"),
+                BarColumn(),
+                TextColumn("{task.percentage:.0f}%"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("", total=total_tokens, completed=done_tokens, text="")
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, step: int, tokens: int, values: dict[str, Any]) -> None:
+        """Show a finished step."""
+        text = (
+            f"step {step}  loss {values['loss']:.3f}  MaxVio {values['max_violation_worst']:.2f}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=tokens, text=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= PLAIN_SECONDS or tokens >= self._total:
+            self._last_line = now
+            speed = (tokens - self._first) / max(now - self._began, 1e-9)
+            left = max(self._total - tokens, 0) / max(speed, 1e-9)
+            self.say(f"{text}  {tokens / self._total:.0%}  {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)

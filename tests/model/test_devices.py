@@ -1,0 +1,119 @@
+"""Eight devices compute what one does, whatever the axis, and recomputation changes nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.weights import place, random_weights
+
+from dsjax.config import ModelConfig
+from dsjax.errors import UserError
+from dsjax.model.layers import tree_shardings, variables
+from dsjax.model.transformer import DeepSeek
+from sharding.mesh import make_mesh
+from sharding.rules import Layout, use_layout
+
+from .conftest import random_tokens
+from .training_loss import largest_difference, loss_and_gradient
+
+ROWS, LENGTH = 8, 32
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model(config: ModelConfig) -> DeepSeek:
+    """Expert layers and an MTP layer; a dense layer would add only to the compiler's work."""
+    changes = {"first_k_dense_replace": 0, "num_hidden_layers": 2}
+    shallow = config.model_copy(update=changes)
+    return place(shallow, random_weights(shallow))
+
+
+@pytest.fixture(scope="module")
+def batch(model: DeepSeek) -> tuple[jax.Array, jax.Array]:
+    """Rows of two documents each, the last row with padding."""
+    tokens = jnp.asarray(random_tokens(model.config, (ROWS, LENGTH)))
+    segments = np.where(np.arange(LENGTH) < 20, 1, 2)[None].repeat(ROWS, axis=0)
+    segments[-1, 28:] = 0
+    return tokens, jnp.asarray(segments.astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(model: DeepSeek, batch: tuple[jax.Array, jax.Array]) -> Any:
+    return jax.jit(partial(loss_and_gradient, remat="keep_all"))(model, *batch)
+
+
+@pytest.mark.parametrize("remat", ["keep_matmuls", "keep_layer_inputs"])
+def test_recomputation_leaves_the_gradients_as_they_are(
+    model: DeepSeek, batch: tuple[jax.Array, jax.Array], on_one_device: Any, remat: Any
+) -> None:
+    (loss, sums), gradient = jax.jit(partial(loss_and_gradient, remat=remat))(model, *batch)
+    (expected_loss, expected_sums), expected = on_one_device
+    assert largest_difference(gradient, expected) < 1e-6
+    assert abs(loss - expected_loss) < 1e-6 * expected_loss
+    assert (sums.load == expected_sums.load).all()
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 8},
+        {"fsdp": 8},
+        {"expert": 8},
+        {"tensor": 8},
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+    ],
+    ids=lambda axes: "_".join(f"{name}{size}" for name, size in axes.items()),
+)
+def test_eight_devices_equal_one(
+    model: DeepSeek,
+    batch: tuple[jax.Array, jax.Array],
+    on_one_device: Any,
+    axes: dict[str, int],
+) -> None:
+    layout = Layout(make_mesh(axes))
+    placed = jax.device_put(model, tree_shardings(model, layout))
+    spread = [jax.device_put(x, layout.sharding(("batch", "sequence"), x.shape)) for x in batch]
+    with use_layout(layout):
+        run = jax.jit(partial(loss_and_gradient, remat="keep_all"))
+        (loss, sums), gradient = run(placed, *spread)
+
+    (expected_loss, expected_sums), expected = on_one_device
+    assert abs(loss - expected_loss) < EXACT * expected_loss
+    assert largest_difference(gradient, expected) < EXACT
+    assert (sums.load == expected_sums.load).all()
+
+
+def test_weights_are_split_and_not_only_labelled(model: DeepSeek) -> None:
+    layout = Layout(make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}))
+    placed = jax.device_put(model, tree_shardings(model, layout))
+    parts = {
+        name: leaf[...].addressable_shards[0].data.size / leaf[...].size
+        for name, leaf in variables(placed)
+    }
+    assert parts["moe_layers.ffn.experts.gate"] == 1 / 8
+    assert parts["moe_layers.attn.kv_b.weight"] == 1 / 4
+    assert parts["embed.weight"] == parts["head.weight"] == 1 / 4
+    assert parts["norm.weight"] == parts["moe_layers.ffn.router.bias"] == 1
+
+
+def test_constraints_are_live(model: DeepSeek) -> None:
+    """They split what nothing else would, and refuse what does not divide."""
+    layout = Layout(make_mesh({"data": 8}))
+    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
+    with use_layout(layout):
+        embedded = jax.jit(lambda model, tokens: model._embed(tokens))(model, tokens)
+        assert embedded.sharding.shard_shape(embedded.shape) == (1, LENGTH, embedded.shape[2])
+        with pytest.raises(UserError, match=r"batch=3 is not divisible by the 8 devices"):
+            jax.eval_shape(lambda model, tokens: model(tokens).hidden, model, tokens[:3])
+
+
+def test_outside_a_layout_nothing_is_constrained(model: DeepSeek) -> None:
+    hidden = jax.eval_shape(
+        lambda model, tokens: model(tokens).hidden, model, jnp.zeros((3, 8), jnp.int32)
+    )
+    assert hidden.shape == (3, 8, model.config.hidden_size)

@@ -1,0 +1,1 @@
+"""What the tests compare with: written from the papers, sharing nothing with the model."""

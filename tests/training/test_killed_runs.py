@@ -1,0 +1,103 @@
+"""SIGKILL at any moment: what is resumed is the run that was never killed."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dsjax.checkpoint.store import CheckpointStore
+from dsjax.data.pipeline import training_iterator
+from dsjax.data.sources import open_corpus
+from dsjax.data.tokenizer import load_tokenizer
+from dsjax.training.metrics import read_metrics
+from dsjax.training.step import init_state
+from tests.training.runs import ENVIRONMENT, config, train, train_command, write_corpus
+
+KILLS = 20
+STEPS = 400
+CHANGES = {
+    "training__tokens": STEPS * 8 * 32,
+    "checkpoint__every_steps": 1,
+    "evaluation__every_steps": 10**6,
+    "data__fim_rate": 0.5,
+    "data__held_out_fraction": 0.0,
+}
+
+
+def restored(settings, run_dir: Path):
+    """The newest state as host arrays, and the 20 batches that would come next."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        jax.eval_shape(lambda: init_state(settings)),
+    )
+    store = CheckpointStore(run_dir / "checkpoints", 3)
+    step, state, extra = store.restore(abstract)
+    store.close()
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    data = training_iterator(
+        open_corpus(settings.data), tokenizer, settings.data, microbatch_size=8, seed=settings.seed
+    )
+    data.set_state(extra["data"])
+    batches = [next(data) for _ in range(20)]
+    data.close()
+    return step, jax.tree.map(np.asarray, state), batches
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    begin = time.monotonic()
+    done = train(corpus, whole, **CHANGES)
+    assert done.returncode == 0, done.stderr
+    duration = time.monotonic() - begin
+
+    rng = random.Random(0)
+    inside = kills = 0
+    command = train_command(corpus, broken, **CHANGES)
+    while kills < KILLS:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT
+        )
+        try:
+            # Uniform over a whole run's time: import, restore, compile, steps and saves alike.
+            process.wait(rng.uniform(0, duration))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            inside += any(broken.glob("checkpoints/*.tmp-*"))
+            continue
+        assert process.returncode == 0, process.stderr.read()
+        if kills < KILLS:  # it got through: begin again, so that every kill meets a run
+            for path in (broken / "checkpoints").iterdir():
+                subprocess.run(["rm", "-r", str(path)], check=True)
+    assert subprocess.run(command, capture_output=True, env=ENVIRONMENT).returncode == 0
+    print(f"{kills} kills, {inside} of them inside an open save", file=sys.stderr)
+    assert inside >= 5
+
+    settings = config(corpus, whole, **CHANGES)
+    (step, state, batches), (step_2, state_2, batches_2) = (
+        restored(settings, run) for run in (whole, broken)
+    )
+    assert step == step_2 == STEPS
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(state_2), strict=True):
+        assert one.tobytes() == other.tobytes()
+    for one, other in zip(batches, batches_2, strict=True):
+        np.testing.assert_array_equal(one["tokens"], other["tokens"])
+        np.testing.assert_array_equal(one["segment_ids"], other["segment_ids"])
+    losses = [
+        [
+            (record["step"], record["loss"], record["mtp_loss"])
+            for record in read_metrics(run / "metrics.jsonl")
+            if "loss" in record
+        ]
+        for run in (whole, broken)
+    ]
+    assert losses[0] == losses[1]

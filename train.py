@@ -1,0 +1,59 @@
+"""Train a model: `python train.py CONFIG.yaml [section.key=value ...]`."""
+
+from __future__ import annotations
+
+from argparse import RawDescriptionHelpFormatter
+
+from dsjax.cli import Parser, run
+
+DEFAULT = "cpu-demo"
+DESCRIPTION = """\
+Train the model that a configuration describes, or go on where its run directory left off.
+"""
+EXAMPLES = """\
+examples:
+  python train.py                                  the CPU demo, a few minutes
+  python train.py training.tokens=1M run_dir=runs/short
+  python train.py cpu-tiny training.tokens=20K     a name under configs/, one setting changed
+  python train.py my-run.yaml mesh.expert=4
+
+Exit codes: 0 done, 2 your input is wrong (one line says what), 143 stopped by SIGTERM after
+saving, 1 the run diverged or a fault of ours.
+"""
+
+
+def main() -> None:
+    """Parse, read the configuration, train, show what the model writes."""
+    parser = Parser(
+        prog="train.py",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", default=DEFAULT, metavar="CONFIG",
+                        help=f"a YAML file, or a name under configs/ ({DEFAULT})")  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                        help="settings that replace those of the file")  # fmt: skip
+    arguments = parser.parse_args()
+    name, overrides = arguments.config, arguments.overrides
+    if "=" in name:  # no configuration named, only settings changed
+        name, overrides = DEFAULT, [name, *overrides]
+
+    # Imported late: `--help` and a wrong configuration need no jax.
+    from dsjax.config_files import load_run_config
+
+    config = load_run_config(name, overrides)
+
+    from rich.console import Console
+
+    from dsjax.inference.samples import show_sample
+    from dsjax.training.pretrain import pretrain
+
+    console = Console()
+    pretrain(config, console)
+    if config.evaluation.sample_tokens:
+        show_sample(config, console)
+
+
+if __name__ == "__main__":
+    run(main)
