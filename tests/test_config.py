@@ -1,4 +1,4 @@
-"""Configurations that cannot work are refused on one line: file, key, what was found, what to do."""
+"""What cannot work is refused on one line: the file, the key, what was found, what to do."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def causal_attention(
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
 
     ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
-    out = _attention(heads_first(q), heads_first(k), heads_first(v), ids, scale)
+    out: Array = _attention(heads_first(q), heads_first(k), heads_first(v), ids, scale)
     return out[:, :, :length].swapaxes(1, 2)
 
 

@@ -108,13 +108,13 @@ def _forward_ragged(
     x: Array, weights: SwiGLU, order: Order, gates: Array
 ) -> tuple[Array, tuple[Array, Array]]:
     rows = x[order.token_of_row]
-    before = tuple(
+    h, u = (
         lax.ragged_dot(rows, matrix.swapaxes(1, 2), order.sizes)
         for matrix in (weights.gate, weights.up)
     )
-    inner = swiglu(*before, gates)
+    inner = swiglu(h, u, gates)
     out = lax.ragged_dot(inner, weights.down.swapaxes(1, 2), order.sizes)
-    return sum_choices(out, order), before
+    return sum_choices(out, order), (h, u)
 
 
 def _backward_ragged(

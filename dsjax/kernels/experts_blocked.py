@@ -77,13 +77,12 @@ def backward(
             here = _rows(token, at, block)
             mine = index * block + jnp.arange(block) < size
             d_out = jnp.where(mine[:, None], dy[here], 0)
-            inner, d_h, d_u, d_gate = swiglu_gradient(
-                *(_rows(a, at, block) for a in (h_rows, u_rows, gates)), d_out @ down
-            )
+            h, u, gate = (_rows(a, at, block) for a in (h_rows, u_rows, gates))
+            inner, d_h, d_u, d_here = swiglu_gradient(h, u, gate, d_out @ down)
             d_before = jnp.concatenate([d_h, d_u], axis=1)
             return (
                 _put(d_rows, at, d_before @ wide),
-                _put(d_gates, at, d_gate),
+                _put(d_gates, at, d_here),
                 d_wide + _transposed_times(d_before, x[here]),
                 d_down + _transposed_times(d_out, inner),
             )
@@ -91,7 +90,8 @@ def backward(
         d_rows, d_gates, d_weights = carry
         start = d_rows, d_gates, jnp.zeros(wide.shape), jnp.zeros(down.shape)
         d_rows, d_gates, d_wide, d_down = lax.fori_loop(0, _blocks(size, block), one_block, start)
-        parts = SwiGLU(*jnp.split(d_wide, 2), d_down)
+        d_gate, d_up = jnp.split(d_wide, 2)
+        parts = SwiGLU(d_gate, d_up, d_down)
         d_weights = jax.tree.map(
             lambda all_, one: all_.at[expert].set(one.astype(all_.dtype)), d_weights, parts
         )

@@ -42,5 +42,7 @@ def sum_choices(rows: Float[Array, "M D"], order: Order) -> Float[Array, "T D"]:
     One gather a choice, added as they come: the array of all pairs is never made.
     """
     choices = order.row_of_pair.shape[1]
-    taken = (rows[order.row_of_pair[:, k]].astype(jnp.float32) for k in range(choices))
-    return sum(taken, start=jnp.float32(0)).astype(rows.dtype)
+    total = jnp.zeros((), jnp.float32)
+    for k in range(choices):
+        total = total + rows[order.row_of_pair[:, k]].astype(jnp.float32)
+    return total.astype(rows.dtype)

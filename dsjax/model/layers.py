@@ -109,6 +109,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        """Each vector to root mean square 1, times the gain; in the dtype of x."""
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         weight = use(self.weight, jnp.float32)
@@ -122,6 +123,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(key, (vocab, embed), ("vocab", "embed"), std, dtype)
 
     def __call__(self, tokens: Array, dtype: jnp.dtype) -> Float[Array, "B S D"]:
+        """The rows of these ids, in `dtype`."""
         return use(self.weight, dtype)[tokens]
 
 
@@ -136,6 +138,7 @@ class MLP(nnx.Module):
         self.down = Linear(down, narrow, wide, std=std, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Token by token."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 

@@ -150,7 +150,8 @@ def expert_stats(routing: Routing, valid: Bool[Array, "B S"], config: ModelConfi
 
     DeepSeek-V3 section 2.1.2, equations 17 to 20, for one sequence of T tokens:
 
-        f_i = E / (K T) * #{t : s_it among the K largest of s_t},   P_i = 1/T sum_t s_it / sum_j s_jt
+        f_i = E / (K T) * #{t : s_it among the K largest of s_t}
+        P_i = 1/T sum_t s_it / sum_j s_jt
         loss = sum_i f_i P_i        (times alpha, by the caller)
 
     Differs from the paper: nothing. f counts the unbiased scores' top K, as equation 18 says, not

@@ -136,7 +136,7 @@ class DeepSeek(nnx.Module):
 
         layer = rematerialize(layer, remat)
         x = self._embed(tokens)
-        stats = _no_stats(self.config)
+        stats: Any = _no_stats(self.config)
         if self.dense_layers is not None:
             x, _ = jax.lax.scan(layer, x, self.dense_layers)
         if self.moe_layers is not None:
@@ -210,10 +210,10 @@ class DeepSeek(nnx.Module):
             return block.decode(x, table, latent, filled)
 
         x, dense, moe = self._embed(tokens), cache.dense, cache.moe
-        if self.dense_layers is not None:
+        if self.dense_layers is not None and cache.dense is not None:
             x, new = jax.lax.scan(layer, x, (self.dense_layers, cache.dense))
             dense = _write(cache.dense, new, positions)
-        if self.moe_layers is not None:
+        if self.moe_layers is not None and cache.moe is not None:
             x, new = jax.lax.scan(layer, x, (self.moe_layers, cache.moe))
             moe = _write(cache.moe, new, positions)
         return self.norm(x), Cache(dense, moe, cache.lengths + tokens.shape[1])

@@ -57,14 +57,15 @@ def _forward(
         d_logits = (jnp.exp(logits - log_total[..., None]) - hit) * weights[..., None]
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, head)
-        d_head += jnp.einsum("bsv,bsd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        # With the vocabulary last, the small operand is the one to be transposed.
+        d_head += jnp.einsum("bsd,bsv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
         return (total + (nll * weights).sum(), d_head), d_hidden
 
-    start = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
+    start = jnp.zeros(()), jnp.zeros(head.shape[::-1], jnp.float32)
     parts = _split(chunk, hidden, targets, weights)
     (total, d_head), d_hidden = jax.lax.scan(one_chunk, start, parts)
     d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    return total, (d_hidden[:, : hidden.shape[1]], d_head.astype(head.dtype))
+    return total, (d_hidden[:, : hidden.shape[1]], d_head.T.astype(head.dtype))
 
 
 def _backward(chunk: int, saved: tuple[Array, Array], d: Array) -> tuple[Array, Array, None, None]:

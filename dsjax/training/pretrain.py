@@ -31,6 +31,7 @@ from dsjax.data.sources import Corpus, open_corpus
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from dsjax.errors import UserError, one_line
 from dsjax.model.layers import tree_shardings
+from dsjax.training.host_memory import keep_freed_memory
 from dsjax.training.loop import Clock, TrainingLoop
 from dsjax.training.metrics import MetricsLog, read_metrics
 from dsjax.training.picture import draw_run
@@ -51,6 +52,8 @@ def pretrain(config: RunConfig, console: Console) -> None:
         UserError: the configuration, the data, the tokenizer or the run directory cannot be used.
             Nothing has been written then.
     """
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     layout = Layout(make_mesh(config.mesh.model_dump()), {**TRAIN_RULES, **_rules(config)})
     abstract = jax.eval_shape(partial(init_state, config))
     shardings = tree_shardings(abstract, layout)

@@ -47,6 +47,7 @@ def on_one_device(model: DeepSeek, batch: tuple[jax.Array, jax.Array]) -> Any:
     return jax.jit(partial(loss_and_gradient, remat="keep_all"))(model, *batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["keep_matmuls", "keep_layer_inputs"])
 def test_recomputation_leaves_the_gradients_as_they_are(
     model: DeepSeek, batch: tuple[jax.Array, jax.Array], on_one_device: Any, remat: Any
@@ -58,6 +59,7 @@ def test_recomputation_leaves_the_gradients_as_they_are(
     assert (sums.load == expected_sums.load).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes",
     [

@@ -1,4 +1,4 @@
-"""The loss that training takes, its gradient, and all that it counts, for the tests of this room."""
+"""The loss that training takes, with its gradient and all that it counts."""
 
 from __future__ import annotations
 
