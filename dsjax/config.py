@@ -65,6 +65,9 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(gt=0)
     rms_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float = Field(0.006, gt=0)
+    embedding_initializer_range: float | None = Field(None, gt=0)
+    """Of the token embedding; None: like all the rest, as DeepSeek trains. A model that sees few
+    tokens learns faster when they are not small beside what attention adds to them."""
 
     num_attention_heads: int = Field(gt=0)
     q_lora_rank: int | None = Field(None, gt=0)

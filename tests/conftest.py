@@ -6,9 +6,13 @@ Set in the environment, so that programs which a test starts have them too.
 import os
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+# Eight devices; and independent collectives in one order: XLA's CPU backend otherwise lets devices
+# start them in different orders, and over `tensor` they wait for one another for ever.
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+])  # fmt: skip
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of a test's time is XLA's: the second run takes what the first one compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax"))

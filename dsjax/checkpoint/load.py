@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsjax.checkpoint.huggingface import load_huggingface
-from dsjax.checkpoint.store import CheckpointStore
+from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import load_run_config
 from dsjax.errors import UserError
 from dsjax.model.layers import RouterBias, tree_shardings, variables
@@ -50,11 +50,7 @@ def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> DeepSeek:
         lambda key: DeepSeek(config.model, key, dtype=config.training.compute_dtype),
         jax.random.key(0),
     )
-    placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract,
-        tree_shardings(abstract, layout),
-    )
+    placed = abstract_on(abstract, tree_shardings(abstract, layout))
     with closing(CheckpointStore(folder / "checkpoints", config.checkpoint.keep)) as store:
         restored = store.restore({"model": placed}, part=True)
     if restored is None:

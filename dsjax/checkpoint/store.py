@@ -49,6 +49,15 @@ logger = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
+def abstract_on(abstract: Any, shardings: Any) -> Any:
+    """What `CheckpointStore.restore` wants: shapes and dtypes of one tree, places of the other."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        shardings,
+    )
+
+
 class CheckpointStore:
     """The checkpoints of one run, the newest `keep` of them, under `folder`.
 

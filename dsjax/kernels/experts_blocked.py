@@ -9,6 +9,7 @@ expert without rows costs nothing, so decoding reads only the experts it chose.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -92,10 +93,7 @@ def backward(
         d_rows, d_gates, d_wide, d_down = lax.fori_loop(0, _blocks(size, block), one_block, start)
         d_gate, d_up = jnp.split(d_wide, 2)
         parts = SwiGLU(d_gate, d_up, d_down)
-        d_weights = jax.tree.map(
-            lambda all_, one: all_.at[expert].set(one.astype(all_.dtype)), d_weights, parts
-        )
-        return d_rows, d_gates, d_weights
+        return d_rows, d_gates, jax.tree.map(partial(_set_expert, expert), d_weights, parts)
 
     start = (
         jnp.zeros((rows + block, x.shape[1]), x.dtype),
@@ -140,6 +138,10 @@ def _rows(x: Array, at: Array, block: int) -> Array:
 
 def _put(x: Array, at: Array, rows: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(x, rows, at, 0)
+
+
+def _set_expert(expert: Array, stack: Array, one: Array) -> Array:
+    return stack.at[expert].set(one.astype(stack.dtype))
 
 
 def _times_transposed(a: Array, b: Array) -> Array:

@@ -96,7 +96,8 @@ class DeepSeek(nnx.Module):
         keys = jax.random.split(key, 5)
         stored = jnp.dtype(param_dtype)
         std = c.initializer_range
-        self.embed = Embedding(keys[0], c.vocab_size, c.hidden_size, std=std, dtype=stored)
+        embed_std = c.embedding_initializer_range or std
+        self.embed = Embedding(keys[0], c.vocab_size, c.hidden_size, std=embed_std, dtype=stored)
         self.dense_layers = make_stack(c, keys[1], stored, c.first_k_dense_replace, moe=False)
         self.moe_layers = make_stack(c, keys[2], stored, c.num_moe_layers, moe=True)
         self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=stored)

@@ -23,7 +23,7 @@ import jax
 import yaml
 from rich.console import Console
 
-from dsjax.checkpoint.store import CheckpointStore
+from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config import RunConfig
 from dsjax.data.held_out import HeldOutRows, held_out_rows
 from dsjax.data.pipeline import TrainingIterator, sample_texts, training_iterator
@@ -71,11 +71,7 @@ def pretrain(config: RunConfig, console: Console) -> None:
         process_count=jax.process_count(),
     )
     held_out = _held_out(config, corpus, tokenizer)
-    placed = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract,
-        shardings,
-    )
+    placed = abstract_on(abstract, shardings)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     with closing(data), closing(store), use_layout(layout), catch_termination() as termination:
         state, clock = _resume(config, store, placed, data, console)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,10 +14,6 @@ from reference.weights import place, random_weights
 
 from dsjax.config import ModelConfig
 from dsjax.model.transformer import DeepSeek
-
-# XLA's CPU backend otherwise lets eight devices meet in independent collectives in different orders:
-# over `tensor` they wait for one another for ever. Read when jax first looks for devices.
-os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 ROWS, LENGTH = 2, 48
 
