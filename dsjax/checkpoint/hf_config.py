@@ -19,7 +19,13 @@ _IMPLIED: dict[str, dict[str, Any]] = {
 
 # A file may lack these. Everything else must be there: our default for a missing key could be
 # another than that of the library which wrote the file, and the model would be another one.
-_OPTIONAL = {"num_nextn_predict_layers", "initializer_range", "bos_token_id", "eos_token_id"}
+_OPTIONAL = {
+    "num_nextn_predict_layers",
+    "initializer_range",
+    "embedding_initializer_range",  # ours
+    "bos_token_id",
+    "eos_token_id",
+}
 
 _NULL_MEANS: dict[str, Any] = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0}
 

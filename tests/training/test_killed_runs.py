@@ -62,9 +62,10 @@ def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(tmp_path):
     inside = kills = 0
     command = train_command(corpus, broken, **CHANGES)
     while kills < KILLS:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT
-        )
+        with (tmp_path / "errors.txt").open("w") as errors:
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=errors, env=ENVIRONMENT
+            )
         try:
             # Uniform over a whole run's time: import, restore, compile, steps and saves alike.
             process.wait(rng.uniform(0, duration))
@@ -74,7 +75,7 @@ def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(tmp_path):
             kills += 1
             inside += any(broken.glob("checkpoints/*.tmp-*"))
             continue
-        assert process.returncode == 0, process.stderr.read()
+        assert process.returncode == 0, (tmp_path / "errors.txt").read_text()
         if kills < KILLS:  # it got through: begin again, so that every kill meets a run
             for path in (broken / "checkpoints").iterdir():
                 subprocess.run(["rm", "-r", str(path)], check=True)
