@@ -256,6 +256,8 @@ class DataConfig(Section):
     """A tokenizer.json or a folder that holds one; None trains a byte-level BPE on the sources."""
     tokenizer_train_bytes: Count = 20_000_000
     sequence_length: int = Field(gt=1)
+    shuffle_window: int = Field(1024, gt=0)
+    """Rows of a source that are shuffled together, and read anew when a run is resumed."""
     fim_rate: float = Field(0.1, ge=0, le=1)
     held_out_fraction: float = Field(0.0, ge=0, lt=1)
     deduplicate: bool = True

@@ -42,9 +42,11 @@ def training_iterator(
 
     Each source is shuffled anew every epoch; of the stream that results, process p of n takes every
     n-th document from the p-th on, so that the processes' shares are disjoint and together
-    complete. Documents become bos, tokens, eos, a `fim_rate` of them with the
-    middle last, and are packed per source; sources are then mixed row by row, so that a source's
-    weight is its share of the tokens (to one percent of itself), whatever its documents' lengths.
+    complete. Documents become bos, tokens, eos, a `fim_rate` of them with the middle last, and are
+    packed per source. The rows of a long document follow one another, and would make batch after
+    batch of a single document: they are shuffled within windows. Sources are then mixed row by
+    row, so that a source's weight is its share of the tokens (to one percent of itself), whatever
+    its documents' lengths.
 
     Raises `UserError` when the tokenizer lacks a token that is needed.
     """
@@ -53,16 +55,23 @@ def training_iterator(
         fim_ids(tokenizer)
     rows = []
     for number, selection in enumerate(corpus.train):
-        shuffle_seed, fim_seed = np.random.SeedSequence([seed, number]).generate_state(2).tolist()
+        seeds = np.random.SeedSequence([seed, number]).generate_state(3).tolist()
+        shuffle_seed, fim_seed, row_seed = seeds
         documents = _encoded(selection, tokenizer, config.fim_rate, shuffle_seed, fim_seed)
         mine = documents[process_index::process_count].to_iter_dataset(_PREFETCH)
-        rows.append(PackedRows(mine, config.sequence_length))
+        packed = PackedRows(mine, config.sequence_length)
+        rows.append(
+            grain.experimental.WindowShuffleIterDataset(
+                packed, window_size=config.shuffle_window, seed=row_seed
+            )
+        )
     mixed = grain.IterDataset.mix(rows, [selection.weight for selection in corpus.train])
     identity = {
         "corpus": corpus.fingerprint,
         "tokenizer": tokenizer.digest,
         "sequence_length": config.sequence_length,
         "fim_rate": config.fim_rate,
+        "shuffle_window": config.shuffle_window,
         "seed": seed,
         "process_index": process_index,
         "process_count": process_count,

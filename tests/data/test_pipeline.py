@@ -20,7 +20,8 @@ def config_of(*paths, weights=None, **settings) -> DataConfig:
         SourceConfig(kind=kind, path=path, weight=weight)
         for (kind, path), weight in zip(paths, weights or [1.0] * len(paths), strict=True)
     ]
-    return DataConfig(sources=sources, **{"sequence_length": 32, "fim_rate": 0.0} | settings)
+    plain = {"sequence_length": 32, "fim_rate": 0.0, "shuffle_window": 1}
+    return DataConfig(sources=sources, **plain | settings)
 
 
 def iterate(config, tokenizer, **settings):
@@ -71,7 +72,8 @@ def test_segments_are_the_documents_of_a_row(tokenizer, tmp_path):
     assert boundaries > 20
 
 
-def test_a_resumed_iterator_equals_the_unbroken_one(tokenizer, tmp_path):
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_resumed_iterator_equals_the_unbroken_one(window, tokenizer, tmp_path):
     texts = make_texts(25)
     # A document as long as two rows makes cuts at its end as well as inside.
     config = config_of(
@@ -79,14 +81,16 @@ def test_a_resumed_iterator_equals_the_unbroken_one(tokenizer, tmp_path):
         ("parquet", write_parquet(tmp_path / "b", make_texts(9, seed=1))),
         weights=[2.0, 1.0],
         fim_rate=0.5,
+        shuffle_window=window,
     )
     unbroken = iterate(config, tokenizer)
     states, batches = [], []
     for _ in range(60):
         states.append(json.dumps(unbroken.get_state()))
         batches.append(next(unbroken))
-    cuts = [p["used"] for s in states for p in json.loads(s)["position"]["parents"]]
-    assert 0 in cuts and len(set(cuts)) > 10
+    windows = [p for s in states for p in json.loads(s)["position"]["parents"]]
+    cuts = {p["parent_window_start_state"]["used"] for p in windows}
+    assert 0 in cuts and len(cuts) > 10
     for cut in range(0, 40, 3):
         resumed = iterate(config, tokenizer)
         next(resumed)  # the position before restoring must not matter
@@ -95,6 +99,24 @@ def test_a_resumed_iterator_equals_the_unbroken_one(tokenizer, tmp_path):
             found = next(resumed)
             np.testing.assert_array_equal(found["tokens"], expected["tokens"])
             np.testing.assert_array_equal(found["segment_ids"], expected["segment_ids"])
+
+
+def test_rows_of_a_long_document_are_spread_over_the_window(tokenizer, tmp_path):
+    path = write_text(tmp_path, ["ax " * 500, "by " * 500])
+    by_window = {}
+    for window in (1, 64):
+        config = config_of(("text", path), shuffle_window=window)
+        batches = itertools.islice(iterate(config, tokenizer, microbatch_size=8), 8)
+        by_window[window] = [batch["tokens"] for batch in batches]
+    rows = {window: np.concatenate(batches).tolist() for window, batches in by_window.items()}
+    assert rows[1] != rows[64] and sorted(rows[1]) == sorted(rows[64])
+
+    def is_mixed(batch: np.ndarray) -> bool:
+        text = tokenizer.decode(batch[batch > 4].tolist())
+        return "a" in text and "b" in text
+
+    assert sum(map(is_mixed, by_window[1])) < 4
+    assert all(map(is_mixed, by_window[64]))
 
 
 def test_documents_that_end_with_a_row_are_not_lost_by_a_resume(tokenizer, tmp_path):
@@ -113,7 +135,8 @@ def test_documents_that_end_with_a_row_are_not_lost_by_a_resume(tokenizer, tmp_p
 
 
 @pytest.mark.parametrize(
-    "change", ["corpus", "sequence_length", "fim_rate", "seed", "process_count"]
+    "change",
+    ["corpus", "sequence_length", "fim_rate", "shuffle_window", "seed", "process_count"],
 )
 def test_a_position_in_other_data_is_refused(change, tokenizer, tmp_path):
     config = config_of(("text", write_text(tmp_path, make_texts(5))))
