@@ -5,7 +5,7 @@
 Both train the same 81M-parameter DeepSeek-V3 (no MTP, float32, two threads) on the same tokens with
 AdamW and clipping. transformers runs each of its attention and expert backends, and the best one
 counts. Each library lives in a process of its own, which sleeps while the other is timed; both
-processes run on the same two cores and keep freed memory (docs/performance.md). The two take turns;
+processes run on the same two cores and keep freed memory, as `train.py` does. The two take turns;
 medians are compared. Prints one table and one JSON line.
 """
 
@@ -31,12 +31,6 @@ THREADS = 2
 ATTENTION = ("sdpa", "eager")
 EXPERTS = ("eager", "grouped_mm")
 """Not `batched_mm`: it copies a matrix for every (token, choice) pair, 18 GB here."""
-
-KEEP_FREED_MEMORY = (
-    "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.hugetlb=1:"
-    "glibc.malloc.trim_threshold=0x1000000000:glibc.malloc.top_pad=0x1000000"
-)
-"""For GLIBC_TUNABLES, read when a process starts: a step's scratch memory is not given back."""
 
 Contestants = dict[str, Callable[[], float]]
 
@@ -150,18 +144,25 @@ class Worker:
         self._pipe.send(name)
         return self._pipe.recv()
 
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(None)
+
 
 def _serve(
     pipe: Connection[Any, Any],
     make: Callable[[np.ndarray], Contestants],
     tokens: np.ndarray,
 ) -> None:
+    from dsjax.training.host_memory import keep_freed_memory
+
+    keep_freed_memory()
     warnings.filterwarnings("ignore")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     contestants = make(tokens)
     pipe.send(list(contestants))
-    while True:
-        run = contestants[pipe.recv()]
+    for name in iter(pipe.recv, None):
+        run = contestants[name]
         begin, used = time.perf_counter(), time.process_time()
         run()
         pipe.send(Times(time.perf_counter() - begin, time.process_time() - used))
@@ -211,10 +212,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
-    os.environ["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY  # before the workers start
     tokens = np.random.default_rng(0).integers(0, 8192, (args.batch, args.sequence), np.int32)
     contestants = (dsjax_contestants, transformers_contestants)
-    times = measure([Worker(make, tokens) for make in contestants], args.rounds)
+    workers = [Worker(make, tokens) for make in contestants]
+    times = measure(workers, args.rounds)
+    for worker in workers:
+        worker.close()
 
     peak = 2 * PEAK_SIZE**3 / min(t.wall for t in times.pop("peak"))
     work = flops_per_token(args.sequence)
