@@ -20,7 +20,7 @@ class ProgressDisplay:
         self._console = console
         self._total = total_tokens
         self._last_line = 0.0
-        self._began, self._first = time.monotonic(), done_tokens
+        self._start: tuple[float, int] | None = None
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -56,11 +56,14 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=tokens, text=text)
             return
         now = time.monotonic()
+        if self._start is None:  # compiling is over, and so is the first, slow step
+            self._start = now, tokens
         if now - self._last_line >= PLAIN_SECONDS or tokens >= self._total:
             self._last_line = now
-            speed = (tokens - self._first) / max(now - self._began, 1e-9)
-            left = max(self._total - tokens, 0) / max(speed, 1e-9)
-            self.say(f"{text}  {tokens / self._total:.0%}  {left:.0f} s left")
+            began, first = self._start
+            speed = (tokens - first) / max(now - began, 1e-9)
+            left = f"  {max(self._total - tokens, 0) / speed:.0f} s left" if speed else ""
+            self.say(f"{text}  {tokens / self._total:.0%}{left}")
 
     def say(self, text: str) -> None:
         """One line above the bar."""
