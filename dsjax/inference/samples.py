@@ -10,7 +10,7 @@ from dsjax.config import RunConfig
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.inference.generate import generate
 
-PROMPT = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):\n"
+PROMPT = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):\n        self."
 
 
 def show_sample(config: RunConfig, console: Console) -> None:

@@ -36,10 +36,12 @@ def draw_run(records: list[Record], path: Path, title: str) -> None:
 
 
 def _losses(ax: Axes, steps: list[Record], held_out: list[Record], x: np.ndarray) -> None:
-    _line(ax, x, _numbers(steps, "loss"), "loss, nats per token", label="next token")
     mtp = np.array([np.mean(r["mtp_loss"]) if r["mtp_loss"] else np.nan for r in steps])
     if np.isfinite(mtp).any():
-        ax.plot(x, mtp, color=QUIET, lw=1, label="MTP")
+        ax.plot(x, _smooth(mtp), color=INK, lw=1, label="MTP")
+    loss = _numbers(steps, "loss")
+    ax.plot(x, loss, color=ACCENT, lw=0.4, alpha=0.35)
+    _line(ax, x, _smooth(loss), "loss, nats per token", label="next token")
     if held_out:
         tokens = [r["tokens"] / 1e6 for r in held_out]
         ax.plot(tokens, _numbers(held_out, "held_out_loss"), "o-", ms=3, color=SECOND,
@@ -81,6 +83,13 @@ def _line(
     ax.set_xlabel("million tokens", fontsize=8)
     ax.tick_params(labelsize=7)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """Mean of the finite values within a hundredth of the run to either side."""
+    reach = len(y) // 100
+    windows = (y[max(0, i - reach) : i + reach + 1] for i in range(len(y)))
+    return np.array([w[np.isfinite(w)].mean() if np.isfinite(w).any() else np.nan for w in windows])
 
 
 def _numbers(records: list[Record], name: str) -> np.ndarray:
