@@ -223,8 +223,8 @@ def test_overrides_reach_every_depth(run_file: Path) -> None:
 
 
 def test_the_model_is_chosen_before_its_keys_are_overridden(run_file: Path) -> None:
-    config = load_run_config(run_file, ["model.num_hidden_layers=5", "model=cpu-demo"])
-    assert (config.model.hidden_size, config.model.num_hidden_layers) == (256, 5)
+    config = load_run_config(run_file, ["model.num_hidden_layers=5", "model=cpu-81m"])
+    assert (config.model.hidden_size, config.model.num_hidden_layers) == (512, 5)
 
 
 def test_a_run_may_spell_its_model_out(tmp_path: Path) -> None:
