@@ -11,7 +11,7 @@ from jaxtyping import Int32
 
 from dsjax.config import DataConfig
 from dsjax.data.fim import fill_in_the_middle, fim_ids
-from dsjax.data.packing import PackedRows
+from dsjax.data.packing import PackedRows, Row
 from dsjax.data.shuffle import ShuffledDocuments
 from dsjax.data.sources import Corpus, Selection
 from dsjax.data.tokenizer import Tokenizer
@@ -53,19 +53,17 @@ def training_iterator(
     tokenizer.document([])  # an error of the tokenizer is better now than in a thread
     if config.fim_rate > 0:
         fim_ids(tokenizer)
-    rows = []
-    for number, selection in enumerate(corpus.train):
-        seeds = np.random.SeedSequence([seed, number]).generate_state(3).tolist()
-        shuffle_seed, fim_seed, row_seed = seeds
-        documents = _encoded(selection, tokenizer, config.fim_rate, shuffle_seed, fim_seed)
-        mine = documents[process_index::process_count].to_iter_dataset(_PREFETCH)
-        packed = PackedRows(mine, config.sequence_length)
-        rows.append(
-            grain.experimental.WindowShuffleIterDataset(
-                packed, window_size=config.shuffle_window, seed=row_seed
-            )
-        )
+    seeds = np.random.SeedSequence(seed).spawn(len(corpus.train))
+    rows = [
+        _shuffled_rows(selection, tokenizer, config, source_seed, process_index, process_count)
+        for selection, source_seed in zip(corpus.train, seeds, strict=True)
+    ]
     mixed = grain.IterDataset.mix(rows, [selection.weight for selection in corpus.train])
+    # The next window is filled while this one is trained on.
+    batches = grain.experimental.ThreadPrefetchIterDataset(
+        mixed.batch(microbatch_size),
+        prefetch_buffer_size=-(-config.shuffle_window // microbatch_size),
+    )
     identity = {
         "corpus": corpus.fingerprint,
         "tokenizer": tokenizer.digest,
@@ -76,7 +74,7 @@ def training_iterator(
         "process_index": process_index,
         "process_count": process_count,
     }
-    return TrainingIterator(iter(mixed.batch(microbatch_size)), identity)
+    return TrainingIterator(iter(batches), identity)
 
 
 class TrainingIterator(grain.DatasetIterator[Batch]):
@@ -126,6 +124,25 @@ def sample_texts(corpus: Corpus, max_bytes: int) -> Iterator[str]:
             text = shuffled[index]
             left -= len(text.encode())
             yield text
+
+
+def _shuffled_rows(
+    selection: Selection,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    seed: np.random.SeedSequence,
+    process_index: int,
+    process_count: int,
+) -> grain.IterDataset[Row]:
+    """The endless rows of a source's documents that belong to one process."""
+    shuffle_seed, fim_seed, row_seed = seed.generate_state(3).tolist()
+    documents = _encoded(selection, tokenizer, config.fim_rate, shuffle_seed, fim_seed)
+    mine = documents[process_index::process_count].to_iter_dataset(_PREFETCH)
+    return grain.experimental.WindowShuffleIterDataset(
+        PackedRows(mine, config.sequence_length),
+        window_size=config.shuffle_window,
+        seed=row_seed >> 1,  # grain adds the window's number, and takes no sum from 2^32 on
+    )
 
 
 def _encoded(

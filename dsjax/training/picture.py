@@ -87,9 +87,11 @@ def _line(
 
 def _smooth(y: np.ndarray) -> np.ndarray:
     """Mean of the finite values within a hundredth of the run to either side."""
-    reach = len(y) // 100
-    windows = (y[max(0, i - reach) : i + reach + 1] for i in range(len(y)))
-    return np.array([w[np.isfinite(w)].mean() if np.isfinite(w).any() else np.nan for w in windows])
+    window = np.ones(2 * (len(y) // 100) + 1)
+    finite = np.isfinite(y)
+    total = np.convolve(np.where(finite, y, 0.0), window, "same")
+    count = np.convolve(finite, window, "same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _numbers(records: list[Record], name: str) -> np.ndarray:

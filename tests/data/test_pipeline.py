@@ -119,6 +119,19 @@ def test_rows_of_a_long_document_are_spread_over_the_window(tokenizer, tmp_path)
     assert all(map(is_mixed, by_window[64]))
 
 
+def test_the_largest_seed_lasts_for_more_than_one_window(tokenizer, tmp_path, monkeypatch):
+    class Largest(np.random.SeedSequence):
+        def spawn(self, n_children):
+            return [Largest()] * n_children
+
+        def generate_state(self, n_words, dtype=np.uint32):
+            return np.full(n_words, 2**32 - 1, dtype)
+
+    monkeypatch.setattr(np.random, "SeedSequence", Largest)
+    config = config_of(("text", write_text(tmp_path, make_texts(5))))
+    assert len(list(itertools.islice(iterate(config, tokenizer, microbatch_size=1), 4))) == 4
+
+
 def test_documents_that_end_with_a_row_are_not_lost_by_a_resume(tokenizer, tmp_path):
     texts = [letter * 200 for letter in "abcdefgh"]
     length = len(tokenizer.document(tokenizer.encode(texts[0])))
