@@ -20,6 +20,9 @@ from dsjax.errors import UserError
 # One thread tokenizes some 500,000 tokens a second: more than a host's accelerators train on.
 _PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
 
+_AHEAD = 64
+"""Microbatches made before they are asked for: a shuffle window is filled while these are used."""
+
 
 class Batch(TypedDict):
     """One microbatch of this process. Segments count from 1 in every row and bound attention."""
@@ -59,10 +62,8 @@ def training_iterator(
         for selection, source_seed in zip(corpus.train, seeds, strict=True)
     ]
     mixed = grain.IterDataset.mix(rows, [selection.weight for selection in corpus.train])
-    # The next window is filled while this one is trained on.
     batches = grain.experimental.ThreadPrefetchIterDataset(
-        mixed.batch(microbatch_size),
-        prefetch_buffer_size=-(-config.shuffle_window // microbatch_size),
+        mixed.batch(microbatch_size), prefetch_buffer_size=_AHEAD
     )
     identity = {
         "corpus": corpus.fingerprint,
