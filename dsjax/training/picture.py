@@ -72,7 +72,7 @@ def _loads(ax: Axes, held_out: list[Record]) -> None:
     ax.set_ylabel("expert layer, MTP last", fontsize=8)
     ax.set_yticks(range(len(relative)))
     ax.tick_params(labelsize=7)
-    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+    ax.figure.colorbar(image, ax=ax, shrink=0.8).ax.tick_params(labelsize=7)
 
 
 def _line(
@@ -81,7 +81,7 @@ def _line(
     ax.plot(x, y, color=ACCENT, lw=1.2, label=label)
     ax.set_title(title, fontsize=9, color=INK, loc="left")
     ax.set_xlabel("million tokens", fontsize=8)
-    ax.tick_params(labelsize=7)
+    ax.tick_params(labelsize=7, which="both")
     ax.spines[["top", "right"]].set_visible(False)
 
 
