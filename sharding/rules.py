@@ -85,6 +85,10 @@ class Layout:
         """`spec`, bound to the mesh."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
+    def ways(self, name: str) -> int:
+        """Over how many parts of the mesh a logical axis is split."""
+        return math.prod(self.mesh.shape[axis] for axis in self._mesh_axes(name))
+
     def _mesh_axes(self, name: str | None) -> tuple[str, ...]:
         if name is None:
             return ()

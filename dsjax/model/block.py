@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.paged_attention import Places
 from dsjax.model.layers import MLP, RMSNorm
-from dsjax.model.mla import MLA, Latent, RotaryTable
+from dsjax.model.mla import MLA, RotaryTable
 from dsjax.model.moe import MoE, Routing
 from sharding.rules import constrain
 
@@ -34,23 +35,20 @@ class Block(nnx.Module):
         x: Float[Array, "B S D"],
         table: RotaryTable,
         segment_ids: Int[Array, "B S"] | None,
-    ) -> tuple[Float[Array, "B S D"], Latent, Routing | None]:
-        """Training and prefill; `Routing` is None for a dense layer."""
-        attended, latent = self.attn.expanded(self.attn_norm(x), table, segment_ids)
-        x, routing = self._feed_forward(x + attended)
-        return x, latent, routing
+    ) -> tuple[Float[Array, "B S D"], Routing | None]:
+        """Whole sequences, for training; `Routing` is None for a dense layer."""
+        return self._feed_forward(x + self.attn.expanded(self.attn_norm(x), table, segment_ids))
 
-    def decode(
+    def extend(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "B Q D"],
         table: RotaryTable,
-        cache: Latent,
-        cached: Bool[Array, "B C"],
-    ) -> tuple[Float[Array, "B S D"], Latent]:
-        """New tokens over a cache; returns their latents for the caller to keep."""
-        attended, latent = self.attn.absorbed(self.attn_norm(x), table, cache, cached)
-        x, _ = self._feed_forward(x + attended)
-        return x, latent
+        pages: Float[Array, "G N T W"],
+        places: Places,
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "G N T W"]]:
+        """New tokens over the pages of their rows; returns the pages with them in."""
+        attended, pages = self.attn.extend(self.attn_norm(x), table, pages, places)
+        return self._feed_forward(x + attended)[0], pages
 
     def _feed_forward(self, x: Array) -> tuple[Array, Routing | None]:
         x = constrain(x, "batch", "sequence", "residual")

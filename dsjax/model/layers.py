@@ -36,6 +36,13 @@ def use(weight: nnx.Variable[Array], dtype: DTypeLike) -> Array:
     return weight[...].astype(dtype)
 
 
+def turn_variable(variable: nnx.Variable[Array], order: tuple[int, ...]) -> None:
+    """Transpose a parameter and the names of its dimensions, in place."""
+    axes = variable.get_metadata("axes")
+    variable.set_metadata("axes", tuple(axes[i] for i in order))
+    variable.set_value(jnp.transpose(variable[...], order))
+
+
 def variable_axes(variable: nnx.Variable[Any]) -> tuple[str, ...]:
     """Logical names of all dimensions; a stack of layers has one more than its layer declared."""
     axes: tuple[str, ...] = variable.get_metadata("axes")
@@ -91,14 +98,21 @@ class Linear(nnx.Module):
         shape = (*out.values(), *into.values())
         self.weight = parameter(key, shape, (*out, *into), std, dtype)
         self.contracted = len(into)
+        self.inputs_first = False
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Contract the last dimensions of x with the weight's."""
+        """Contract the last dimensions of x with the weight's inputs."""
         weight = use(self.weight, x.dtype)
         n = self.contracted
         mine = tuple(range(x.ndim - n, x.ndim))
-        theirs = tuple(range(weight.ndim - n, weight.ndim))
-        return jax.lax.dot_general(x, weight, ((mine, theirs), ((), ())))
+        first = 0 if self.inputs_first else weight.ndim - n
+        return jax.lax.dot_general(x, weight, ((mine, tuple(range(first, first + n))), ((), ())))
+
+    def put_inputs_first(self) -> None:
+        """Turn the weight to [*into, *out], which few rows at a time are multiplied faster by."""
+        outputs = len(self.weight.shape) - self.contracted
+        turn_variable(self.weight, (*range(outputs, len(self.weight.shape)), *range(outputs)))
+        self.inputs_first = True
 
 
 class RMSNorm(nnx.Module):

@@ -12,15 +12,16 @@ The cache holds kv_lora_rank + qk_rope_head_dim numbers a token a layer, nothing
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
-from dsjax.kernels.attention import causal_attention, masked_softmax
+from dsjax.kernels.attention import causal_attention
+from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
 from dsjax.model.layers import Linear, RMSNorm, use
 from dsjax.model.rope import rotate, softmax_scale
 from sharding.rules import constrain
@@ -29,13 +30,6 @@ LATENT_NORM_EPS = 1e-6
 """The two latent norms use this whatever `rms_norm_eps` says (Moonlight's is 1e-5)."""
 
 RotaryTable = tuple[Float[Array, "B S P"], Float[Array, "B S P"]]
-
-
-class Latent(NamedTuple):
-    """What attention remembers of tokens: normalized latents and rotated shared keys."""
-
-    c_kv: Float[Array, "*L B S R"]
-    k_rope: Float[Array, "*L B S P"]
 
 
 class MLA(nnx.Module):
@@ -81,54 +75,59 @@ class MLA(nnx.Module):
         x: Float[Array, "B S D"],
         table: RotaryTable,
         segment_ids: Int[Array, "B S"] | None,
-    ) -> tuple[Float[Array, "B S D"], Latent]:
-        """Causal attention among the tokens of x; also returns what a cache would keep of them."""
-        latent = self._latent(x, table)
-        key_value = constrain(self.kv_b(latent.c_kv), "batch", "sequence", "heads", None)
+    ) -> Float[Array, "B S D"]:
+        """Causal attention among the tokens of x."""
+        c_kv, k_rope = self._latent(x, table)
+        key_value = constrain(self.kv_b(c_kv), "batch", "sequence", "heads", None)
         k_nope, v = jnp.split(key_value, [self.config.qk_nope_head_dim], axis=-1)
-        # The rotary key is one for all heads.
-        k_rope = latent.k_rope[:, :, None]
-        k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], k_rope.shape[-1]))
         q = jnp.concatenate(self._queries(x, table), axis=-1)
-        k = jnp.concatenate([k_nope, k_rope], axis=-1)
+        k = _with_shared(k_nope, k_rope)
         ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        heads = causal_attention(q, k, v, ids, softmax_scale(self.config))
-        return self.out(heads), latent
+        return self.out(causal_attention(q, k, v, ids, softmax_scale(self.config)))
 
-    def absorbed(
+    def extend(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "B Q D"],
         table: RotaryTable,
-        cache: Latent,
-        cached: Bool[Array, "B C"],
-    ) -> tuple[Float[Array, "B S D"], Latent]:
-        """Attention of new tokens over a cache and, causally, over themselves.
+        pages: Float[Array, "G N T W"],
+        places: Places,
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "G N T W"]]:
+        """Attention of new tokens over their rows' pages, which they are written to first.
 
-        `cached` marks which of the C entries of the cache are filled. Returns the output and the
-        new tokens' latents, which the caller writes into the cache.
+        Needs `split_keys_from_values`. Few queries are absorbed, many are worth expanding the keys.
         """
+        c = self.config
+        latent = jnp.concatenate(self._latent(x, table), axis=-1)
+        pages = write_pages(pages, latent, places.slots)
         q_nope, q_rope = self._queries(x, table)
-        new = self._latent(x, table)
-        w_k, w_v = jnp.split(use(self.kv_b.weight, x.dtype), [self.config.qk_nope_head_dim], axis=1)
-        q_latent = jnp.einsum("bqhn,hnr->bqhr", q_nope, w_k)
+        w_k, w_v = (use(w, x.dtype) for w in (self.k_b, self.v_b))
+        scale = softmax_scale(c)
+        if x.shape[1] >= _queries_worth_expanding(c):
+            q = jnp.concatenate([q_nope, q_rope], axis=-1)
 
-        def scores(latent: Latent) -> Array:
-            c_kv, k_rope = (part.astype(x.dtype) for part in latent)
-            s = jnp.einsum("bqhr,btr->bhqt", q_latent, c_kv, preferred_element_type=jnp.float32)
-            return s + jnp.einsum(
-                "bqhp,btp->bhqt", q_rope, k_rope, preferred_element_type=jnp.float32
-            )
+            def expand(latent: Array) -> tuple[Array, Array]:
+                c_kv, k_rope = jnp.split(latent, [c.kv_lora_rank], axis=-1)
+                k_nope = jnp.einsum("btr,hnr->bthn", c_kv, w_k)
+                return _with_shared(k_nope, k_rope), jnp.einsum("btr,hvr->bthv", c_kv, w_v)
 
-        tokens = x.shape[1]
-        past = jnp.broadcast_to(cached[:, None], (x.shape[0], tokens, cached.shape[1]))
-        causal = jnp.broadcast_to(jnp.tri(tokens, dtype=bool)[None], (x.shape[0], tokens, tokens))
-        allowed = jnp.concatenate([past, causal], axis=-1)[:, None]
-        both = jnp.concatenate([scores(cache), scores(new)], axis=-1)
-        weights = masked_softmax(both * softmax_scale(self.config), allowed).astype(x.dtype)
-        w_past, w_new = jnp.split(weights, [cached.shape[1]], axis=-1)
-        heads_latent = jnp.einsum("bhqt,btr->bqhr", w_past, cache.c_kv.astype(x.dtype))
-        heads_latent += jnp.einsum("bhqt,btr->bqhr", w_new, new.c_kv)
-        return self.out(jnp.einsum("bqhr,hvr->bqhv", heads_latent, w_v)), new
+            heads = paged_attention(q, pages, places, expand, c.v_head_dim, scale)
+        else:
+            q = jnp.concatenate([jnp.einsum("bqhn,hnr->bqhr", q_nope, w_k), q_rope], axis=-1)
+
+            def share(latent: Array) -> tuple[Array, Array]:
+                return latent[:, :, None], latent[:, :, None, : c.kv_lora_rank]
+
+            mixed = paged_attention(q, pages, places, share, c.kv_lora_rank, scale)
+            heads = jnp.einsum("bqhr,hvr->bqhv", mixed, w_v)
+        return self.out(heads), pages
+
+    def split_keys_from_values(self) -> None:
+        """Hold `kv_b` as two weights, `k_b` [H, nope, R] and `v_b` [H, V, R]: none is cut later."""
+        axes = self.kv_b.weight.get_metadata("axes")
+        nope = self.config.qk_nope_head_dim
+        self.k_b = nnx.Param(self.kv_b.weight[:, :nope], axes=axes)
+        self.v_b = nnx.Param(self.kv_b.weight[:, nope:], axes=axes)
+        del self.kv_b
 
     def _queries(self, x: Array, table: RotaryTable) -> tuple[Array, Array]:
         """No-rope and rotated halves, [B, S, H, nope] and [B, S, H, rope]."""
@@ -140,6 +139,24 @@ class MLA(nnx.Module):
         q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope, rotate(q_rope, table)
 
-    def _latent(self, x: Array, table: RotaryTable) -> Latent:
+    def _latent(self, x: Array, table: RotaryTable) -> tuple[Array, Array]:
+        """What attention remembers of tokens: c_kv after its norm, k_rope after its rotation."""
         c_kv, k_rope = jnp.split(self.kv_a(x), [self.config.kv_lora_rank], axis=-1)
-        return Latent(self.kv_a_norm(c_kv), rotate(k_rope, table))
+        return self.kv_a_norm(c_kv), rotate(k_rope, table)
+
+
+def _with_shared(k_nope: Array, k_rope: Array) -> Array:
+    """Keys of all heads [B, S, H, nope + rope]; the rotary half is one for all heads."""
+    k_rope = k_rope[:, :, None]
+    k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], k_rope.shape[-1]))
+    return jnp.concatenate([k_nope, k_rope], axis=-1)
+
+
+def _queries_worth_expanding(config: ModelConfig) -> int:
+    """From how many queries on making keys and values costs less than queries in latent space.
+
+    A key and its value take R (nope + v) products a head, once; each query then saves
+    2 R - nope - v of them. 171 queries for V3.
+    """
+    apart, saved = config.qk_nope_head_dim + config.v_head_dim, 2 * config.kv_lora_rank
+    return math.ceil(config.kv_lora_rank * apart / max(saved - apart, 1))

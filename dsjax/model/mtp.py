@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.paged_attention import Places
 from dsjax.model.block import Block
 from dsjax.model.layers import Linear, RMSNorm
 from dsjax.model.mla import RotaryTable
@@ -55,11 +56,24 @@ class MTPModule(nnx.Module):
         segment_ids: Int[Array, "B S"] | None,
     ) -> tuple[Float[Array, "B S D"], Routing]:
         """h^k before its norm, and where the expert layer sent its tokens."""
-        both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
-        x = constrain(self.eh_proj(both), "batch", "sequence", "residual")
-        x, _, routing = self.block(x, table, segment_ids)
+        x, routing = self.block(self._joined(embedded, hidden), table, segment_ids)
         assert routing is not None  # an MTP block always has experts
         return x, routing
+
+    def extend(
+        self,
+        embedded: Float[Array, "B Q D"],
+        hidden: Float[Array, "B Q D"],
+        table: RotaryTable,
+        pages: Float[Array, "G N T W"],
+        places: Places,
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "G N T W"]]:
+        """h^k of new tokens, over pages of this module's own."""
+        return self.block.extend(self._joined(embedded, hidden), table, pages, places)
+
+    def _joined(self, embedded: Array, hidden: Array) -> Array:
+        both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
+        return constrain(self.eh_proj(both), "batch", "sequence", "residual")
 
 
 class Ahead(NamedTuple):

@@ -1,7 +1,7 @@
 """DeepSeek: embedding, dense layers, expert layers, norm, head, and the MTP modules.
 
 Forward is pure. Layers of one kind are stacked and scanned, so compile time does not grow with
-depth. Cache and expert loads are arguments and results, never hidden state.
+depth. Expert loads are results, never hidden state. `decoder.py` is the same model over a cache.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import ModelConfig
 from dsjax.model.block import Block, make_stack
 from dsjax.model.layers import Embedding, Linear, RMSNorm, use
-from dsjax.model.mla import Latent
 from dsjax.model.moe import ExpertStats, expert_stats
 from dsjax.model.mtp import Ahead, make_mtp, reaches, shift
 from dsjax.model.rope import rotary_table
@@ -27,17 +26,6 @@ from sharding.rules import constrain
 
 Remat = Literal["keep_all", "keep_matmuls", "keep_layer_inputs"]
 """What the backward pass finds in memory; everything else is computed again."""
-
-
-class Cache(NamedTuple):
-    """The latents of every layer, [layers, batch, slots, ...], and how many slots each row fills.
-
-    That is kv_lora_rank + qk_rope_head_dim numbers a token a layer.
-    """
-
-    dense: Latent | None
-    moe: Latent | None
-    lengths: Int[Array, "B"]
 
 
 @partial(
@@ -131,7 +119,7 @@ class DeepSeek(nnx.Module):
         valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
 
         def layer(x: Array, block: Block) -> tuple[Array, ExpertStats | None]:
-            x, _, routing = block(x, table, segment_ids)
+            x, routing = block(x, table, segment_ids)
             stats = None if routing is None else expert_stats(routing, valid, self.config)
             return x, stats
 
@@ -175,50 +163,6 @@ class DeepSeek(nnx.Module):
         logits = jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "sequence", "vocab")
 
-    def prefill(
-        self, tokens: Int[Array, "B S"], lengths: Int[Array, "B"], slots: int
-    ) -> tuple[Float[Array, "B S D"], Cache]:
-        """Read prompts into a new cache of `slots` places a row; rows end at their `lengths`.
-
-        What stands behind a row's length is never looked at by what comes later.
-        """
-        positions = _positions(tokens, None)
-        table = rotary_table(self.config, positions)
-
-        def layer(x: Array, block: Block) -> tuple[Array, Latent]:
-            x, latent, _ = block(x, table, None)
-            room = ((0, 0), (0, slots - tokens.shape[1]), (0, 0))
-            return x, Latent(*(jnp.pad(part, room) for part in latent))
-
-        x, dense, moe = self._embed(tokens), None, None
-        if self.dense_layers is not None:
-            x, dense = jax.lax.scan(layer, x, self.dense_layers)
-        if self.moe_layers is not None:
-            x, moe = jax.lax.scan(layer, x, self.moe_layers)
-        return self.norm(x), Cache(dense, moe, lengths)
-
-    def decode(
-        self, tokens: Int[Array, "B Q"], cache: Cache
-    ) -> tuple[Float[Array, "B Q D"], Cache]:
-        """Extend every row by Q tokens over its cache: absorbed attention, one step."""
-        slots = next(part for part in (cache.dense, cache.moe) if part is not None).c_kv.shape[2]
-        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-        table = rotary_table(self.config, positions)
-        filled = jnp.arange(slots)[None] < cache.lengths[:, None]
-
-        def layer(x: Array, block_and_cache: tuple[Block, Latent]) -> tuple[Array, Latent]:
-            block, latent = block_and_cache
-            return block.decode(x, table, latent, filled)
-
-        x, dense, moe = self._embed(tokens), cache.dense, cache.moe
-        if self.dense_layers is not None and cache.dense is not None:
-            x, new = jax.lax.scan(layer, x, (self.dense_layers, cache.dense))
-            dense = _write(cache.dense, new, positions)
-        if self.moe_layers is not None and cache.moe is not None:
-            x, new = jax.lax.scan(layer, x, (self.moe_layers, cache.moe))
-            moe = _write(cache.moe, new, positions)
-        return self.norm(x), Cache(dense, moe, cache.lengths + tokens.shape[1])
-
     def _embed(self, tokens: Array) -> Array:
         return constrain(self.embed(tokens, self.dtype), "batch", "sequence", "residual")
 
@@ -245,14 +189,3 @@ def _positions(tokens: Array, segment_ids: Array | None) -> Array:
 
 def _no_stats(config: ModelConfig) -> ExpertStats:
     return ExpertStats(jnp.zeros((0, config.n_routed_experts)), jnp.zeros(0))
-
-
-def _write(cache: Latent, new: Latent, positions: Array) -> Latent:
-    """Put new latents [L, B, Q, R] at their rows' positions [B, Q] of the cache."""
-    rows = jnp.arange(positions.shape[0])[:, None]
-    return Latent(
-        *(
-            old.at[:, rows, positions].set(add.astype(old.dtype))
-            for old, add in zip(cache, new, strict=True)
-        )
-    )

@@ -66,11 +66,11 @@ def test_sampled_tokens_have_the_probabilities_of_the_softmax(model):
 @pytest.mark.parametrize(
     ("prompts", "settings", "expected"),
     [
-        ([[]], {}, "prompt 0 is empty"),
-        ([[1], [512]], {}, "prompt 1 holds token 512, outside vocab_size=512"),
+        ([[]], {}, "prompt 0: the prompt is empty"),
+        ([[1], [512]], {}, "prompt 1: the prompt holds token 512, outside vocab_size=512"),
         ([[1] * 1020], {}, "beyond max_position_embeddings=1024"),
-        ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"max_new_tokens": 0}, "max_tokens is 0"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(model, prompts, settings, expected):

@@ -9,6 +9,7 @@ from jax import lax
 from dsjax.kernels import experts as kernel
 from dsjax.kernels import experts_blocked
 from dsjax.kernels.experts import routed_experts, routed_experts_reference
+from dsjax.kernels.experts_inference import apply_experts
 from dsjax.kernels.permutation import sort_by_expert
 from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
 
@@ -79,6 +80,17 @@ def test_the_path_of_accelerators_equals_the_blocked_one(monkeypatch):
     ragged = value_and_gradients(routed_experts, *arguments)
     jax.clear_caches()
     assert_close(ragged, blocked, 1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "choices", "spread"), CASES)
+def test_experts_without_a_gradient_equal_their_meaning(tokens, choices, spread, monkeypatch):
+    """In blocks, as on a CPU, and ragged, as elsewhere."""
+    x, weights, experts, gates = inputs(tokens, choices, spread=spread)
+    expected = routed_experts_reference(x, weights, experts, gates)
+    turned = SwiGLU(*(matrix.swapaxes(1, 2) for matrix in weights))
+    assert_close([jax.jit(apply_experts)(x, turned, experts, gates)], [expected], 1e-5)
+    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+    assert_close([apply_experts(x, turned, experts, gates)], [expected], 1e-5)
 
 
 def test_bfloat16_stays_close_and_keeps_its_dtype():

@@ -1,4 +1,4 @@
-"""Decoding over the latent cache says what one pass over the whole text says."""
+"""Decoding over pages of latents says what one pass over the whole text says."""
 
 from __future__ import annotations
 
@@ -12,80 +12,105 @@ import pytest
 from reference.configs import CONFIGS
 from reference.weights import place, random_weights
 
-from dsjax.model.mla import Latent
-from dsjax.model.rope import rotary_table
-from dsjax.model.transformer import Cache, DeepSeek
+from dsjax.kernels.paged_attention import places_of
+from dsjax.model.decoder import Decoder, Pages, make_pages, take_apart
+from dsjax.model.layers import count_parameters
+from dsjax.model.transformer import DeepSeek
 
-from .conftest import LENGTH, forward, off, random_tokens
+from .conftest import LENGTH, forward, off
 
 EXACT = 1e-5
-
-prefill = partial(jax.jit, static_argnums=3)(DeepSeek.prefill)
-decode = jax.jit(DeepSeek.decode)
-
-
-@pytest.mark.parametrize("name", ["v3", "moonlight"])
-def test_absorbed_attention_equals_expanded(name: str) -> None:
-    config = CONFIGS[name]
-    attn = jax.tree.map(lambda a: a[0], place(config, random_weights(config)).moe_layers).attn
-    x = jax.random.normal(jax.random.key(0), (2, 40, config.hidden_size))
-    positions = jnp.broadcast_to(jnp.arange(40)[None], (2, 40))
-    known, slots = 25, 32
-
-    @jax.jit
-    def both(attn: Any, x: jax.Array) -> tuple[Any, ...]:
-        table = rotary_table(config, positions)
-        expanded, latent = attn.expanded(x, table, None)
-        room = ((0, 0), (0, slots - known), (0, 0))
-        # What lies in the empty slots must not matter.
-        cache = Latent(*(jnp.pad(part[:, :known], room, constant_values=9.0) for part in latent))
-        filled = jnp.broadcast_to(jnp.arange(slots)[None] < known, (2, slots))
-        rest = tuple(part[:, known:] for part in table)
-        absorbed, new = attn.absorbed(x[:, known:], rest, cache, filled)
-        return expanded, absorbed, latent, new
-
-    expanded, absorbed, latent, new = both(attn, x)
-    assert off(absorbed, expanded[:, known:]) < EXACT
-    for made, kept in zip(new, latent, strict=True):
-        assert off(made, kept[:, known:]) < EXACT
+PAGE, COUNT = 8, 16
+TABLE = np.array([[3, 9, 1, 14, 0, 7], [2, 5, 15, 4, 11, 8]], np.int32)
+"""Pages of two rows, in no order."""
 
 
-def test_the_cache_holds_only_latents(model: DeepSeek, tokens: jax.Array) -> None:
-    config = model.config
-    _, cache = jax.eval_shape(partial(model.prefill, slots=LENGTH), tokens, jnp.zeros(2, jnp.int32))
-    held = sum(part.size for stack in (cache.dense, cache.moe) for part in stack)
+@partial(jax.jit, static_argnames="ahead")
+def extend(
+    decoder: Decoder,
+    pages: Pages,
+    tokens: Any,
+    starts: Any,
+    follow: Any = None,
+    ahead: bool = False,
+) -> Any:
+    counts = jnp.full(tokens.shape[0], tokens.shape[1])
+    places = places_of(
+        starts, counts, jnp.asarray(TABLE), queries=tokens.shape[1], pages=COUNT, page_size=PAGE
+    )
+    hidden, pages = decoder.extend(tokens, pages, places)
+    if ahead:
+        hidden, pages = decoder.look_ahead(follow, hidden, pages, places)
+    return hidden, pages
+
+
+def dirty_pages(decoder: Decoder, *, mtp: bool = False) -> Pages:
+    """What lies in pages that are not filled yet must not matter."""
+    pages = make_pages(decoder.config, 1, COUNT, PAGE, jnp.float32, mtp=mtp)
+    return jax.tree.map(lambda page: page + 9.0, pages)
+
+
+@pytest.fixture(scope="module")
+def decoder(model: DeepSeek) -> Decoder:
+    return take_apart(model)
+
+
+def test_a_decoder_holds_the_weights_of_its_model(model: DeepSeek, decoder: Decoder) -> None:
+    assert count_parameters(decoder) == count_parameters(model)
+
+
+def test_the_cache_holds_only_latents(decoder: Decoder) -> None:
+    config = decoder.config
+    pages = make_pages(config, 1, COUNT, PAGE, jnp.bfloat16, mtp=False)
     a_token = config.kv_lora_rank + config.qk_rope_head_dim
-    assert held == a_token * config.num_hidden_layers * tokens.size
+    held = sum(page.nbytes for page in pages)
+    assert held == 2 * a_token * config.num_hidden_layers * COUNT * PAGE
 
 
-def test_prefill_equals_the_forward_pass(model: DeepSeek, tokens: jax.Array) -> None:
-    hidden, cache = prefill(model, tokens, jnp.array([5, 21]), LENGTH)
-    assert off(hidden, forward(model, tokens).hidden) < EXACT
-    assert (cache.lengths == jnp.array([5, 21])).all()
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_absorbed_and_expanded_attention_say_what_one_pass_says(
+    name: str, tokens: jax.Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one chunk with keys expanded, and in chunks of 12 in the latent space."""
+    config = CONFIGS[name]
+    model = place(config, random_weights(config))
+    expected = forward(model, tokens).hidden
+    decoder = take_apart(model)
+    for worth_expanding, chunk in ((1, LENGTH), (LENGTH, 12)):
+        monkeypatch.setattr(
+            "dsjax.model.mla._queries_worth_expanding", lambda _, least=worth_expanding: least
+        )
+        run = jax.jit(extend.__wrapped__)
+        pages = dirty_pages(decoder)
+        for begin in range(0, LENGTH, chunk):
+            part = tokens[:, begin : begin + chunk]
+            hidden, pages = run(decoder, pages, part, jnp.full(2, begin))
+            assert off(hidden, expected[:, begin : begin + chunk]) < EXACT
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_decoding_step_by_step_equals_prefill(
-    model: DeepSeek, tokens: jax.Array, at_once: int
+def test_decoding_step_by_step_equals_one_pass(
+    model: DeepSeek, decoder: Decoder, tokens: jax.Array, at_once: int
 ) -> None:
-    """Prompts of unequal length, continued by the text's own tokens."""
+    """Rows of unequal length, continued by the text's own tokens."""
     expected = np.asarray(forward(model, tokens).hidden)
     lengths = np.array([5, 21])
-    # What stands behind a prompt's end is something else.
-    behind = np.arange(LENGTH)[None] >= lengths[:, None]
-    prompts = jnp.where(behind, random_tokens(model.config, (2, LENGTH), seed=7), tokens)
-    _, cache = prefill(model, prompts, jnp.asarray(lengths), LENGTH)
+    # What stands behind a row's length is written over.
+    _, pages = extend(decoder, dirty_pages(decoder), tokens[:, :24], jnp.zeros(2, jnp.int32))
     for begin in range(0, 24, at_once):
         places = lengths[:, None] + begin + np.arange(at_once)[None]
-        hidden, cache = decode(model, jnp.take_along_axis(tokens, places, axis=1), cache)
+        part = jnp.take_along_axis(tokens, places, axis=1)
+        hidden, pages = extend(decoder, pages, part, jnp.asarray(lengths + begin))
         assert off(hidden, np.take_along_axis(expected, places[:, :, None], axis=1)) < EXACT
-    assert (cache.lengths == lengths + 24).all()
 
 
-def test_decoding_from_nothing_equals_the_forward_pass(model: DeepSeek, tokens: jax.Array) -> None:
-    shapes = jax.eval_shape(partial(model.prefill, slots=LENGTH), tokens, jnp.zeros(2, jnp.int32))
-    cache: Cache = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1])
-    expected = forward(model, tokens).hidden
-    for i in range(6):
-        hidden, cache = decode(model, tokens[:, i : i + 1], cache)
-        assert off(hidden[:, 0], expected[:, i]) < EXACT
+def test_looking_ahead_over_a_cache_equals_one_pass(
+    model: DeepSeek, decoder: Decoder, tokens: jax.Array
+) -> None:
+    expected = forward(model, tokens).mtp_hidden[0]
+    pages = dirty_pages(decoder, mtp=True)
+    for begin, end in ((0, 20), (20, 40), (40, 41)):
+        follow = tokens[:, begin + 1 : end + 1]
+        part, starts = tokens[:, begin:end], jnp.full(2, begin)
+        hidden, pages = extend(decoder, pages, part, starts, follow, ahead=True)
+        assert off(hidden, expected[:, begin:end]) < EXACT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +11,9 @@ import pytest
 import torch
 
 from dsjax.checkpoint.families import ROUTER_BIAS, tensors
+from dsjax.inference.engine import Engine
+from dsjax.inference.request import Request, SamplingParams
+from dsjax.inference.settings import EngineSettings
 from dsjax.model.layers import variables
 from dsjax.model.transformer import DeepSeek
 
@@ -116,20 +118,18 @@ def test_gradients_agree_tensor_by_tensor(pair: Pair, both: Both) -> None:
     assert worst < CLOSE
 
 
-@partial(jax.jit, static_argnums=2)
-def _greedy(model: DeepSeek, prompt: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens [count] and, for each, how far its logit is above the next best."""
-    length = prompt.shape[1]
-    hidden, cache = model.prefill(prompt, jnp.array([length]), length + count)
-
-    def step(carry: Any, _: None) -> tuple[Any, Any]:
-        hidden, cache = carry
-        best, places = jax.lax.top_k(model.logits(hidden)[0, -1], 2)
-        hidden, cache = model.decode(places[None, :1], cache)
-        return (hidden, cache), (places[0], best[0] - best[1])
-
-    _, found = jax.lax.scan(step, (hidden[:, -1:], cache), length=count)
-    return found
+def our_greedy(model: DeepSeek, prompt: np.ndarray, count: int) -> tuple[list[int], float]:
+    """Tokens, and how far the closest of them was above the next best."""
+    engine = Engine(model, EngineSettings(rows=1, context=prompt.shape[1] + count))
+    sampling = SamplingParams(max_tokens=count, ignore_eos=True, logprobs=2)
+    engine.submit(Request("one", tuple(prompt[0].tolist()), sampling))
+    found: list[int] = []
+    margins: list[float] = []
+    while not engine.idle:
+        for update in engine.step():
+            found += update.tokens
+            margins += [best[1] - next_best[1] for _, _, (best, next_best) in update.logprobs]
+    return found, min(margins)
 
 
 @torch.no_grad()
@@ -145,8 +145,8 @@ def their_greedy(model: Any, prompt: np.ndarray, count: int) -> list[int]:
 def test_greedy_decoding_agrees(pair: Pair) -> None:
     """From a prompt within YaRN's original length to far beyond it."""
     prompt = random_tokens(pair)[:1, :24]
-    found, margins = _greedy(pair.ours, jnp.asarray(prompt), NEW)
-    distinct = len(set(found.tolist()))
-    print(f"\n  {distinct} distinct tokens, smallest margin {float(margins.min()):.1e}")
-    assert found.tolist() == their_greedy(pair.theirs, prompt, NEW)
+    found, margin = our_greedy(pair.ours, prompt, NEW)
+    distinct = len(set(found))
+    print(f"\n  {distinct} distinct tokens, smallest margin {margin:.1e}")
+    assert found == their_greedy(pair.theirs, prompt, NEW)
     assert distinct >= 20

@@ -1,0 +1,188 @@
+"""What the engine has on the device, and how a planned step is run there."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dsjax.inference import sampler_state
+from dsjax.inference.request import SamplingParams
+from dsjax.inference.sampler_state import SamplerState, row_params
+from dsjax.inference.scheduler import Chunk, Plan, Sequence, row_counts
+from dsjax.inference.settings import PAGE_SIZE, EngineSettings
+from dsjax.inference.step import StepInputs, StepOutputs, step_for
+from dsjax.model.decoder import make_pages, take_apart
+from dsjax.model.transformer import DeepSeek
+from sharding.rules import Layout, use_layout
+
+MARKED_AT_ONCE = 512
+"""Tokens of a prompt that the sampler is told of at once."""
+
+_ANYTHING = SamplingParams(max_tokens=1)
+
+
+class Runner:
+    """Weights, pages and the sampler's state, on a device or spread over a mesh.
+
+    Over a mesh the batch goes over its batch axes: `groups` parts, each with `rows` rows and
+    `pages` pages of its own.
+    """
+
+    def __init__(self, model: DeepSeek, settings: EngineSettings, vocab_size: int):
+        self.config = model.config
+        self.drafts = settings.drafts if model.mtp is not None else 0
+        self._layout = _layout_of(model)
+        self.groups = 1 if self._layout is None else self._layout.ways("batch")
+        self.rows = math.ceil(settings.rows / self.groups)
+        self._table_width = math.ceil(settings.context / PAGE_SIZE)
+        tokens = settings.cache_tokens or settings.rows * settings.context
+        self.pages = max(self._table_width, tokens // PAGE_SIZE // self.groups)
+        self.shapes = [
+            (rows, queries)
+            for queries in (32, 128, 512, 2048)
+            for rows in (1, 4, 16, 64)
+            if rows <= self.rows and rows * queries <= max(settings.chunk, 32)
+        ]
+        self._vocab_size = np.int32(vocab_size)
+        with self._device():
+            decoder = take_apart(model)
+            self._weights, structure = jax.tree.flatten(decoder)
+            self._step = step_for(structure)
+            pages = make_pages(
+                self.config, self.groups, self.pages, PAGE_SIZE, decoder.dtype, mtp=self.drafts > 0
+            )
+            self._pages = self._spread(pages)
+            state = SamplerState.empty(self.groups * self.rows, self.config.vocab_size)
+            self._sampler = self._spread(state)
+
+    def run(self, plan: Plan) -> StepOutputs:
+        """Run a step, and bring what it found to the host."""
+        inputs = self._inputs(plan)
+        with self._device():
+            self._pages, self._sampler, found = self._step(
+                self._weights,
+                self._pages,
+                self._sampler,
+                inputs,
+                self._vocab_size,
+                samples=1 if plan.reading else plan.queries,
+                drafts=self.drafts if plan.reading else plan.queries - 1,
+            )
+        # Log-probabilities are large and seldom wanted.
+        tokens, valid, drafts = jax.device_get((found.tokens, found.valid, found.drafts))
+        chances = jax.device_get(found.logprobs) if inputs.logprobs else found.logprobs
+        prompt = found.prompt_logprobs
+        prompt = jax.device_get(prompt) if inputs.prompt_logprobs else prompt
+        return StepOutputs(tokens, valid, drafts, chances, prompt)
+
+    def install(self, sequence: Sequence) -> None:
+        """Tell the sampler who has this row now."""
+        params, row = sequence.request.sampling, sequence.group * self.rows + sequence.row
+        with self._device():
+            arrays = row_params(params, self.config.eos_token_id)
+            self._sampler = _set_row(self._sampler, row, arrays)
+            if params.repetition_penalty != 1:
+                for begin in range(0, len(sequence.request.tokens), MARKED_AT_ONCE):
+                    part = sequence.request.tokens[begin : begin + MARKED_AT_ONCE]
+                    padded = np.zeros(MARKED_AT_ONCE, np.int32)
+                    padded[: len(part)] = part
+                    self._sampler = _mark_prompt(self._sampler, row, padded, len(part))
+            if sequence.made:  # it was here before, and had to leave
+                output = np.array(sequence.tokens[len(sequence.request.tokens) :])
+                counts = np.bincount(output, minlength=self.config.vocab_size).astype(np.int32)
+                self._sampler = _set_progress(self._sampler, row, sequence.made, counts)
+
+    def warm_up(self, progress: Callable[[int, int], None]) -> None:
+        """Compile every program by running it on nothing."""
+        nobody: list[list[Chunk]] = [[]] * self.groups
+        plans = [Plan(rows, queries, True, nobody) for rows, queries in self.shapes]
+        plans += [
+            Plan(rows, 1 + drafts, False, nobody)
+            for rows in row_counts(self.rows)
+            for drafts in sorted({0, self.drafts})
+        ]
+        for done, plan in enumerate(plans):
+            progress(done, len(plans))
+            self.run(plan)
+        with self._device():
+            nothing, no_counts = (
+                np.zeros(n, np.int32) for n in (MARKED_AT_ONCE, self.config.vocab_size)
+            )
+            self._sampler = _set_row(self._sampler, 0, row_params(_ANYTHING, None))
+            self._sampler = _mark_prompt(self._sampler, 0, nothing, 0)
+            self._sampler = _set_progress(self._sampler, 0, 0, no_counts)
+        progress(len(plans), len(plans))
+
+    def _inputs(self, plan: Plan) -> StepInputs:
+        """The arrays of a step."""
+        batch = self.groups * plan.rows
+        no_page = self.pages
+        rows = np.full(batch, self.rows, np.int32)
+        tokens, following = np.zeros((2, batch, plan.queries), np.int32)
+        starts, counts, first = np.zeros((3, batch), np.int32)
+        table = np.full((batch, self._table_width), no_page, np.int32)
+        samples = np.zeros(batch, bool)
+        chances = prompt_chances = False
+        for index, (sequence, count) in plan.placed():
+            begin, known = sequence.filled, sequence.tokens
+            read = known[begin : begin + count]
+            read += sequence.drafts[: count - len(read)]
+            rows[index], starts[index], counts[index] = sequence.row, begin, count
+            tokens[index, :count] = read
+            after = known[begin + 1 : begin + 1 + count]
+            following[index, : len(after)] = after
+            table[index, : len(sequence.pages)] = sequence.pages
+            samples[index] = begin + count >= len(known)
+            first[index] = count - 1 if plan.reading else 0
+            params = sequence.request.sampling
+            chances |= params.logprobs is not None
+            prompt_chances |= plan.reading and sequence.wants_prompt_logprobs
+        wanted: Any = np.bool_(chances), np.bool_(prompt_chances)
+        arrays: list[Any] = [rows, tokens, following, starts, counts, table, samples, first]
+        return StepInputs(*arrays, *wanted)
+
+    def _spread(self, tree: Any) -> Any:
+        """Arrays over the mesh by their first dimension."""
+        layout = self._layout
+        if layout is None:
+            return tree
+
+        def put(array: jax.Array) -> jax.Array:
+            axes = ("batch",) + (None,) * (array.ndim - 1)
+            return jax.device_put(array, layout.sharding(axes, array.shape))
+
+        return jax.tree.map(put, tree)
+
+    @contextlib.contextmanager
+    def _device(self) -> Iterator[None]:
+        """Trace and run under the model's layout, if it has one."""
+        with contextlib.ExitStack() as stack:
+            if self._layout is not None:
+                stack.enter_context(use_layout(self._layout))
+            yield
+
+
+_set_row = jax.jit(sampler_state.set_row, donate_argnums=0)
+_mark_prompt = jax.jit(sampler_state.mark_prompt, donate_argnums=0)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_progress(state: SamplerState, row: int, made: int, counts: np.ndarray) -> SamplerState:
+    """A sequence that was here before goes on: what it has made so far."""
+    return state._replace(
+        made=state.made.at[row].set(made), counts=state.counts.at[row].set(counts)
+    )
+
+
+def _layout_of(model: DeepSeek) -> Layout | None:
+    """The mesh that a model's weights are spread over; None on a single device."""
+    sharding = model.embed.weight[...].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return Layout(mesh) if isinstance(mesh, Mesh) and mesh.size > 1 else None

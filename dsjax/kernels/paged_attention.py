@@ -1,0 +1,142 @@
+"""Attention over a latent cache that lies in pages.
+
+A page holds a stretch of one sequence's latents; a row's table names its pages in order, so rows of
+unequal length waste at most a page each, and rows with the same beginning can share pages.
+PagedAttention: arXiv:2309.06180. What is paged here is MLA's latent, normalized c_kv and rotated
+k_rope side by side, one for all heads (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+Pages come in G groups, one for each part of the batch that lives on its own devices: a row's table
+names pages of its own group, so nothing here crosses from one group to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsjax.kernels.attention import MASKED
+
+KEYS_AT_ONCE = 256
+"""Keys of one turn of the loop over a row's context."""
+
+
+class Places(NamedTuple):
+    """Where the new tokens of a step stand. B = G x rows of a group, group by group."""
+
+    positions: Int[Array, "B Q"]
+    """Of each token in its sequence; what a row does not use may be anything below its length."""
+    slots: Int[Array, "B Q"]
+    """Where its latent goes, page * page size + offset; outside the cache where nothing goes."""
+    table: Int[Array, "B P"]
+    """Each row's pages in order; what it does not use names no page: N or more."""
+
+
+def places_of(
+    starts: Int[Array, "B"],
+    counts: Int[Array, "B"],
+    table: Int[Array, "B P"],
+    queries: int,
+    pages: int,
+    page_size: int,
+) -> Places:
+    """Where `queries` tokens a row stand that begin at `starts`; only `counts` of them are kept.
+
+    `pages` is the number of pages in a group, and names none.
+    """
+    offsets = jnp.arange(queries, dtype=jnp.int32)[None]
+    positions = starts[:, None] + offsets
+    kept = (offsets < counts[:, None]) & (positions < table.shape[1] * page_size)
+    page = jnp.take_along_axis(table, positions // page_size, axis=1, mode="clip")
+    slots = jnp.where(kept, page * page_size + positions % page_size, pages * page_size)
+    return Places(jnp.where(kept, positions, starts[:, None]), slots, table)
+
+
+KeysValues = Callable[[Float[Array, "B T W"]], tuple[Array, Array]]
+"""From latents to keys [B, T, H, K] and values [B, T, H, V]; H is 1 where heads share them."""
+
+
+def write_pages(
+    pages: Float[Array, "G N T W"], new: Float[Array, "B Q W"], slots: Int[Array, "B Q"]
+) -> Float[Array, "G N T W"]:
+    """Put each token's latent into its slot; those whose slot is outside are dropped."""
+    groups, width = pages.shape[0], pages.shape[-1]
+    flat = pages.reshape(groups, -1, width)
+    rows = new.astype(pages.dtype).reshape(groups, -1, width)
+    put = jax.vmap(lambda one, at, x: one.at[at].set(x, mode="drop"))
+    return put(flat, slots.reshape(groups, -1), rows).reshape(pages.shape)
+
+
+def paged_attention(
+    q: Float[Array, "B Q H K"],
+    pages: Float[Array, "G N T W"],
+    places: Places,
+    keys_values: KeysValues,
+    value_width: int,
+    scale: float,
+) -> Float[Array, "B Q H V"]:
+    """softmax(q k^T * scale) v over every token up to and with the query's own position.
+
+    Latents are read `KEYS_AT_ONCE` at a time, as far as the longest row reaches, and the softmax is
+    put together as they come, in float32: the work follows the context in use, and no program
+    depends on its length.
+    """
+    batch, queries, heads, _ = q.shape
+    pages_at_once = min(max(1, KEYS_AT_ONCE // pages.shape[2]), places.table.shape[1])
+    keys_at_once = pages_at_once * pages.shape[2]
+    padding = -places.table.shape[1] % pages_at_once
+    table = jnp.pad(places.table, ((0, 0), (0, padding)))
+
+    def turn(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        maximum, total, out = carry
+        ids = lax.dynamic_slice_in_dim(table, index * pages_at_once, pages_at_once, 1)
+        k, v = keys_values(_read(pages, ids).astype(q.dtype))
+        scores = _per_head("bqhk,bthk->bhqt", "bqhk,btk->bhqt", q, k) * scale
+        reach = index * keys_at_once + jnp.arange(keys_at_once)
+        allowed = reach[None, None] <= places.positions[:, :, None]
+        scores = jnp.where(allowed[:, None], scores, MASKED)
+        higher = jnp.maximum(maximum, scores.max(-1))
+        weights = jnp.exp(scores - higher[..., None])
+        shrink = jnp.exp(maximum - higher)
+        added = _per_head("bhqt,bthv->bhqv", "bhqt,btv->bhqv", weights.astype(v.dtype), v)
+        return higher, total * shrink + weights.sum(-1), out * shrink[..., None] + added
+
+    empty = jnp.zeros((batch, heads, queries))
+    start = empty + MASKED, empty, jnp.zeros((batch, heads, queries, value_width))
+    turns = places.positions.max() // keys_at_once + 1
+    _, total, out = lax.fori_loop(0, turns, turn, start)
+    return (out / total[..., None]).astype(q.dtype).swapaxes(1, 2)
+
+
+def paged_attention_reference(
+    q: Float[Array, "B Q H K"],
+    latents: Float[Array, "B S W"],
+    positions: Int[Array, "B Q"],
+    keys_values: KeysValues,
+    scale: float,
+) -> Float[Array, "B Q H V"]:
+    """The meaning of `paged_attention`: each row's latents in order, one softmax over all."""
+    k, v = keys_values(latents)
+    scores = _per_head("bqhk,bthk->bhqt", "bqhk,btk->bhqt", q, k) * scale
+    allowed = jnp.arange(latents.shape[1])[None, None] <= positions[:, :, None]
+    weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, MASKED), axis=-1)
+    return _per_head("bhqt,bthv->bhqv", "bhqt,btv->bhqv", weights, v).swapaxes(1, 2)
+
+
+def _read(pages: Array, ids: Array) -> Array:
+    """The latents of these pages, [B, pages x page size, W]."""
+    groups, _, _, width = pages.shape
+    ids = ids.reshape(groups, -1, ids.shape[1])
+    found = jax.vmap(lambda one, at: one.at[at].get(mode="clip"))(pages, ids)
+    return found.reshape(-1, ids.shape[2] * pages.shape[2], width)
+
+
+def _per_head(apart: str, shared: str, a: Array, b: Array) -> Array:
+    """A product with keys or values of each head, or with those that all heads share."""
+    if b.ndim == 4 and b.shape[2] == 1:
+        return jnp.einsum(shared, a, b[:, :, 0], preferred_element_type=jnp.float32)
+    return jnp.einsum(apart, a, b, preferred_element_type=jnp.float32)

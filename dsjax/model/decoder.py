@@ -1,0 +1,128 @@
+"""The same model over a cache: layers apart instead of stacked, every weight as decoding reads it.
+
+Training scans over stacks of layers; there the slice of a stack is nothing beside the work on it.
+Decoding a few tokens does little but read weights: so here every layer has arrays of its own, and
+matrices lie with their inputs first. The modules are those of training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import ModelConfig
+from dsjax.kernels.paged_attention import Places
+from dsjax.model.block import Block
+from dsjax.model.layers import Embedding, Linear, RMSNorm
+from dsjax.model.mla import MLA
+from dsjax.model.moe import Experts
+from dsjax.model.mtp import MTPModule
+from dsjax.model.rope import rotary_table
+from dsjax.model.transformer import DeepSeek
+from sharding.rules import constrain
+
+Module = TypeVar("Module", bound=nnx.Module)
+Pages = tuple[Float[Array, "G N T W"], ...]
+"""The latent cache: one array of pages for each layer, and a last one for MTP's."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["embed", "layers", "norm", "head", "mtp"],
+    meta_fields=["config", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """DeepSeek, ready to extend sequences over pages. Made by `take_apart`."""
+
+    embed: Embedding
+    layers: tuple[Block, ...]
+    norm: RMSNorm
+    head: Linear
+    mtp: MTPModule | None
+    """The first MTP module; deeper ones are not used."""
+    config: ModelConfig
+    dtype: Any
+
+    def extend(
+        self, tokens: Int[Array, "B Q"], pages: Pages, places: Places
+    ) -> tuple[Float[Array, "B Q D"], Pages]:
+        """Hidden states of new tokens after the final norm, and the pages with them in."""
+        table = rotary_table(self.config, places.positions)
+        x, new = self._embed(tokens), []
+        for block, mine in zip(self.layers, pages, strict=False):
+            x, mine = block.extend(x, table, mine, places)
+            new.append(mine)
+        return self.norm(x), (*new, *pages[len(new) :])
+
+    def look_ahead(
+        self,
+        next_tokens: Int[Array, "B Q"],
+        hidden: Float[Array, "B Q D"],
+        pages: Pages,
+        places: Places,
+    ) -> tuple[Float[Array, "B Q D"], Pages]:
+        """MTP's hidden states, after its norm: at place i, from h_i and the token after it.
+
+        `logits` of place i speak of the token two places on.
+        """
+        assert self.mtp is not None  # the engine does not ask a model without
+        table = rotary_table(self.config, places.positions)
+        embedded = self._embed(next_tokens)
+        hidden, last = self.mtp.extend(embedded, hidden, table, pages[-1], places)
+        return self.mtp.norm(hidden), (*pages[:-1], last)
+
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """float32 scores of every token of the vocabulary."""
+        logits = self.head(hidden).astype(jnp.float32)
+        return constrain(logits, "batch", "vocab")
+
+    def _embed(self, tokens: Array) -> Array:
+        return constrain(self.embed(tokens, self.dtype), "batch", "sequence", "residual")
+
+
+@jax.jit
+def take_apart(model: DeepSeek) -> Decoder:
+    """A decoder with copies of a model's weights, in the dtype that it computes in."""
+    config = model.config
+    layers = [
+        jax.tree.map(lambda a, i=i: a[i], stack)
+        for stack, count in (
+            (model.dense_layers, config.first_k_dense_replace),
+            (model.moe_layers, config.num_moe_layers),
+        )
+        for i in range(count)
+    ]
+    mtp = jax.tree.map(lambda a: a[0], model.mtp)
+    head = jax.tree.map(lambda a: a, model.head)
+    for module in (*layers, head, mtp):
+        _prepare(module)
+    return Decoder(model.embed, tuple(layers), model.norm, head, mtp, config, model.dtype)
+
+
+def _prepare(module: nnx.Module | None) -> None:
+    """Put inputs first in every matrix below, and hold what is cut at every step apart."""
+    if module is None:
+        return
+    inside = [node for _, node in nnx.iter_graph(module)]
+    for node in inside:
+        if isinstance(node, MLA):
+            node.split_keys_from_values()
+    for node in (node for _, node in nnx.iter_graph(module)):
+        if isinstance(node, Linear | Experts):
+            node.put_inputs_first()
+
+
+def make_pages(
+    config: ModelConfig, groups: int, count: int, size: int, dtype: Any, *, mtp: bool
+) -> Pages:
+    """Empty pages: `count` of `size` tokens in each group, for every layer."""
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    layers = config.num_hidden_layers + mtp
+    return tuple(jnp.zeros((groups, count, size, width), dtype) for _ in range(layers))
