@@ -13,39 +13,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
-import time
-import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from dsjax.config import ModelConfig
-
-THREADS = 2
-ATTENTION = ("sdpa", "eager")
-EXPERTS = ("eager", "grouped_mm")
-"""Not `batched_mm`: it copies a matrix for every (token, choice) pair, 18 GB here."""
-
-Contestants = dict[str, Callable[[], float]]
-
-
-class Times(NamedTuple):
-    """What one call took, in seconds."""
-
-    wall: float
-    processor: float
-    """Over all threads: less disturbed than `wall` when other programs run."""
+from contest import (
+    ATTENTION,
+    EXPERTS,
+    PEAK_SIZE,
+    Contestants,
+    Worker,
+    large_product,
+    measure,
+    model_config,
+    transformers_model,
+)
 
 
 def dsjax_contestants(tokens: np.ndarray) -> Contestants:
     """dsjax's one way to run, and the matmul peak that all are held against."""
-    return {"dsjax": dsjax_step(tokens), "peak": _large_product()}
+    return {"dsjax": dsjax_step(tokens), "peak": large_product()}
 
 
 def transformers_contestants(tokens: np.ndarray) -> Contestants:
@@ -68,7 +56,7 @@ def dsjax_step(tokens: np.ndarray) -> Callable[[], float]:
     config = load_run_config(
         "cpu-tiny",
         [f"data.sequence_length={tokens.shape[1]}", "training.loss_chunk=128"],
-    ).model_copy(update={"model": _model()})
+    ).model_copy(update={"model": model_config()})
     state = jax.jit(lambda: init_state(config))()
     step = jax.jit(make_train_step(config), donate_argnums=0)
     batch = Batch(jnp.asarray(tokens)[None], jnp.ones_like(tokens)[None])
@@ -85,18 +73,9 @@ def dsjax_step(tokens: np.ndarray) -> Callable[[], float]:
 def transformers_step(tokens: np.ndarray, attention: str, experts: str) -> Callable[[], float]:
     """The same step in transformers: forward, backward, clip, AdamW."""
     import torch
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    torch.set_num_threads(THREADS)
-    fields = _model().model_dump()
-    fields.pop("model_type")
-    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    fields.pop("rope_scaling")
-    fields["num_key_value_heads"] = fields["num_attention_heads"]
-    config = DeepseekV3Config(**fields, rope_parameters=rope, use_cache=False)
-    config._attn_implementation = attention
-    config._experts_implementation = experts
-    model = DeepseekV3ForCausalLM(config).train()
+    model = transformers_model(attention, experts).train()
+    model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), fused=True)
     ids = torch.from_numpy(tokens.astype(np.int64))
 
@@ -111,66 +90,9 @@ def transformers_step(tokens: np.ndarray, attention: str, experts: str) -> Calla
     return run
 
 
-def _model() -> ModelConfig:
-    from dsjax.config_files import load_model_config
-
-    return load_model_config("cpu-81m")
-
-
-PEAK_SIZE = 2048
-
-
-def _large_product() -> Callable[[], float]:
-    """A float32 product of two square matrices in XLA."""
-    import jax
-    import jax.numpy as jnp
-
-    a = jnp.ones((PEAK_SIZE, PEAK_SIZE))
-    product = jax.jit(lambda a: (a @ a)[0, 0])
-    return lambda: float(product(a))
-
-
-class Worker:
-    """A process that holds some contestants and times one of them when asked."""
-
-    def __init__(self, make: Callable[[np.ndarray], Contestants], tokens: np.ndarray):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        context.Process(target=_serve, args=(other, make, tokens), daemon=True).start()
-        self.names: list[str] = self._pipe.recv()
-
-    def seconds(self, name: str) -> Times:
-        """Time of one call; the first ones compile and warm up."""
-        self._pipe.send(name)
-        return self._pipe.recv()
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.send(None)
-
-
-def _serve(
-    pipe: Connection[Any, Any],
-    make: Callable[[np.ndarray], Contestants],
-    tokens: np.ndarray,
-) -> None:
-    from dsjax.training.host_memory import keep_freed_memory
-
-    keep_freed_memory()
-    warnings.filterwarnings("ignore")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    contestants = make(tokens)
-    pipe.send(list(contestants))
-    for name in iter(pipe.recv, None):
-        run = contestants[name]
-        begin, used = time.perf_counter(), time.process_time()
-        run()
-        pipe.send(Times(time.perf_counter() - begin, time.process_time() - used))
-
-
 def flops_per_token(sequence: int) -> float:
     """Useful operations of forward and backward: 6 a weight that a token meets, plus attention."""
-    c = _model()
+    c = model_config()
     assert c.q_lora_rank is not None
     heads, qk, d = c.num_attention_heads, c.qk_head_dim, c.hidden_size
     attention = (
@@ -188,19 +110,6 @@ def flops_per_token(sequence: int) -> float:
     return 6 * (weights + scores)
 
 
-def measure(workers: list[Worker], rounds: int) -> dict[str, list[Times]]:
-    """Times of every contestant, `rounds` times each; neighbours in time belong to one round."""
-    owner = {name: worker for worker in workers for name in worker.names}
-    for name, worker in owner.items():
-        for _ in range(2):  # compile and warm up
-            worker.seconds(name)
-    times: dict[str, list[Times]] = {name: [] for name in owner}
-    for _ in range(rounds):
-        for name, worker in owner.items():
-            times[name].append(worker.seconds(name))
-    return times
-
-
 def main() -> None:
     """Time both, alternating, and print."""
     from rich.console import Console
@@ -214,10 +123,7 @@ def main() -> None:
 
     tokens = np.random.default_rng(0).integers(0, 8192, (args.batch, args.sequence), np.int32)
     contestants = (dsjax_contestants, transformers_contestants)
-    workers = [Worker(make, tokens) for make in contestants]
-    times = measure(workers, args.rounds)
-    for worker in workers:
-        worker.close()
+    times = measure([Worker(partial(make, tokens)) for make in contestants], args.rounds)
 
     peak = 2 * PEAK_SIZE**3 / min(t.wall for t in times.pop("peak"))
     work = flops_per_token(args.sequence)

@@ -23,5 +23,12 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-CHECKED = ["dsjax.kernels", "dsjax.model", "dsjax.training", "sharding"]
+CHECKED = [
+    "dsjax.inference.sampler_state",
+    "dsjax.inference.sampling",
+    "dsjax.kernels",
+    "dsjax.model",
+    "dsjax.training",
+    "sharding",
+]
 install_import_hook(CHECKED, "beartype.beartype")

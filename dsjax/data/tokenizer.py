@@ -35,6 +35,14 @@ _CODE = (
     r"|\s+"
 )
 
+# A byte-level vocabulary spells each byte as one visible character (GPT-2): those that are visible
+# in Latin-1 stand for themselves, the others are moved behind U+0100 in their order.
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [byte for byte in range(0x100) if byte not in _VISIBLE]
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
+    chr(0x100 + place): byte for place, byte in enumerate(_HIDDEN)
+}
+
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the ids that training needs by name.
@@ -66,6 +74,34 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to the bytes that `decode` reads as UTF-8; nothing if there is none.
+
+        Holds for byte-level tokenizers: there a character may be spread over several tokens.
+        """
+        spelling = self._backend.id_to_token(token) or ""
+        try:
+            return bytes(_BYTE_OF[character] for character in spelling)
+        except KeyError:  # an added token that spells characters, not bytes
+            return spelling.encode()
+
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether text is the bytes of its tokens, one after the other."""
+        return isinstance(self._backend.decoder, decoders.ByteLevel)
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Spelling and id of every token that is no piece of text: special ones, <think>, ..."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items()}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Those of `added_tokens` which the file calls special."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     def document(self, ids: Sequence[int]) -> Int32[np.ndarray, " N"]:
         """What one document is to the model: bos, `ids`, eos."""

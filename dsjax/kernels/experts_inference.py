@@ -79,4 +79,4 @@ def _block_size(tokens: int, pairs: int, experts: int) -> int:
     """Rows of one product: as many as an expert gets twice over, in powers of 8 to 128; 1 for 1."""
     if tokens == 1:
         return 1
-    return next((size for size in (8, 32) if size * experts >= 2 * pairs), 128)
+    return next((size for size in (4, 8, 32) if size * experts >= 2 * pairs), 128)

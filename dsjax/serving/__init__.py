@@ -1,0 +1,1 @@
+"""The OpenAI-compatible protocol, shared by the HTTP server and by batch files."""

@@ -1,0 +1,217 @@
+"""The two bodies of OpenAI's protocol, as far as they can be checked without the model.
+
+Fields, ranges and defaults are those of OpenAI's API reference; top_k, min_p, repetition_penalty,
+min_tokens, stop_token_ids and ignore_eos are vLLM's. A field that would change the answer and is
+not supported is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from dsjax.errors import one_line
+from dsjax.inference.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
+
+MAX_N = 128
+MAX_PROMPTS = 1024
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+LARGEST = 2**31 - 1
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "suffix": (None,),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "chat_template": (None,),
+}
+"""Fields that we do not do, and the values that ask for nothing."""
+
+
+def _prompts(value: Any) -> list[Any]:
+    """Any form of `prompt` as a list of texts and lists of ids."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value or not isinstance(value[0], str | list | int):
+        raise ValueError("expected a string, a list of strings, or one or more lists of ids")
+    prompts = [value] if isinstance(value[0], int) else value
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"{len(prompts)} prompts; at most {MAX_PROMPTS} go into one request")
+    for prompt in prompts:
+        if not isinstance(prompt, type(prompts[0])):
+            raise ValueError("strings and token ids are mixed")
+        if isinstance(prompt, list) and not (prompt and all(type(i) is int for i in prompt)):
+            raise ValueError("a list of token ids is empty, or holds something else")
+    return prompts
+
+
+def _stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _content(value: Any) -> Any:
+    """Text parts as one text, a line for each as in vLLM."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind != "text":
+            raise ValueError(f"a part of type {kind!r} is not supported; only text is")
+        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError('a text part is {"type": "text", "text": "..."}')
+    return "\n".join(part["text"] for part in value)
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)
+]
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+    Field(max_length=MAX_STOPS),
+]
+Empty = Annotated[list[Any], Field(max_length=0)]
+Ignored = Any
+
+
+class _Closed(BaseModel):
+    """Strict: a boolean is no number, a string neither, and infinity is not one to compute with."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(_Closed):
+    """How a stream ends."""
+
+    include_usage: bool | None = None
+
+
+class Message(_Closed):
+    """One message of a conversation; an answer of ours may come back as it was."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_content)] = None
+    reasoning_content: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    # What OpenAI's client adds to an answer that it sends back.
+    tool_calls: Empty | None = None
+    annotations: Empty | None = None
+    function_call: None = None
+    refusal: None = None
+    audio: None = None
+
+
+class Body(_Closed):
+    """What both endpoints know; None is a field that was left out."""
+
+    model: str
+    n: Annotated[int | None, Field(ge=1, le=MAX_N)] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    temperature: Annotated[float | None, Field(ge=0, le=100)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=-1, le=LARGEST)] = None
+    """0 and -1: all tokens."""
+    min_p: Probability | None = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Biases | None = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: Annotated[Stops | None, BeforeValidator(_stops)] = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+
+
+class CompletionBody(Body):
+    """A body of /v1/completions."""
+
+    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
+    echo: bool | None = None
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+    best_of: int | None = None
+
+
+class ChatBody(Body):
+    """A body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+
+
+# ---------------------------------------------------------------------------------------------
+# What is wrong with it
+# ---------------------------------------------------------------------------------------------
+
+
+def bad_text(body: Mapping[str, Any]) -> str | None:
+    """The first field that holds half of a surrogate pair: JSON can spell one, UTF-8 cannot."""
+    for name, value in body.items():
+        waiting = [name, value]
+        while waiting:
+            found = waiting.pop()
+            if isinstance(found, dict):
+                waiting += [*found.keys(), *found.values()]
+            elif isinstance(found, list):
+                waiting += found
+            elif isinstance(found, str) and not _is_text(found):
+                return name
+    return None
+
+
+def _is_text(found: str) -> bool:
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def explain(kind: type[Body], error: ValidationError) -> tuple[str, str]:
+    """The first problem in one line, and the field that it is in."""
+    problems = error.errors(include_url=False)
+    # A misspelled field is unknown under its own name and missing under the right one.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    loc = problem["loc"]
+    # A key is the client's, and may hold anything.
+    names = (f"[{p}]" if isinstance(p, int) else f".{repr(p)[1:-1]}" for p in loc)
+    where = "".join(names)[1:80]
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        inside = {"messages": Message, "stream_options": StreamOptions}.get(str(loc[0]), kind)
+        near = difflib.get_close_matches(str(loc[-1])[:80], inside.model_fields, n=1, cutoff=0)
+        return f"{where}: no such field; the nearest is {near[0]}", where
+    if problem["type"] == "missing":
+        return f"{where} is missing", where
+    if problem["type"] in ("model_type", "dict_type"):
+        message = f"expected an object, not {_shown(problem['input'])}"
+    elif problem["type"] not in ("value_error", "too_long", "too_short"):
+        message = f"{message[0].lower()}{message[1:]}, not {_shown(problem['input'])}"
+    return one_line(f"{where}: {message}")[:400], where
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words; a huge integer has no decimal form in Python."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    if isinstance(value, int) and abs(value) > 2**64:
+        return "an integer beyond 64 bits"
+    return repr(value)[:80]

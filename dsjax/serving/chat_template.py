@@ -1,0 +1,212 @@
+"""A checkpoint's chat template: messages in, the tokens of a prompt out."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.errors import UserError, one_line
+from dsjax.serving.text import encode_with_added_tokens
+
+MAX_STEPS = 2_000_000
+"""Lines of Python that one rendering may run: some 200 for a message of DeepSeek's template."""
+MAX_CHARACTERS = 2**24
+MAX_PRODUCT = 4096
+"""Bits of a number that a template multiplies, or characters of a text that it repeats."""
+
+_THINK_TAG = re.compile("(</?think>)")
+_NOTHING = re.compile("((?!))")
+
+
+class TemplateError(Exception):
+    """The template does not take these messages; one line."""
+
+
+class ChatTemplate:
+    """The template of one checkpoint, with its tokenizer.
+
+    A template is a program that came with weights, and never one that came with a request. It runs
+    as in `transformers`: in jinja's sandbox, with `raise_exception`, `strftime_now`, `tojson` and
+    the loop controls. Its loops and recursions end after `MAX_STEPS`, its output after
+    `MAX_CHARACTERS`. Its memory has no bound: a template that doubles a text thirty times over
+    fills the machine, so weights are served from those whom one trusts not to.
+
+    Args:
+        source: jinja2.
+        names: what the template may call special tokens by, such as `bos_token`.
+
+    Raises:
+        UserError: the source is no jinja2.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, str]):
+        environment = _Sandbox(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            # The optimizer would compute constants while loading, without any limit.
+            optimized=False,
+            extensions=["jinja2.ext.loopcontrols"],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self._tokenizer = tokenizer
+        self._names = dict(names)
+        try:
+            self._template = environment.from_string(source)
+        except Exception as error:  # a source nested too deeply is a RecursionError
+            raise UserError(f"the chat template cannot be read: {_short(error)}") from None
+
+    def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The tokens of `messages` and of the beginning of the answer.
+
+        Special tokens come from the template's own text alone. In the messages their spelling
+        means its characters: whoever asks cannot end his turn and begin the system's. The think
+        tags of an assistant's message are an exception, since templates look for them there.
+
+        To tell the two apart after rendering, a character with which an added token could begin
+        (<, as a rule) is rendered as another, which occurs in no message and stands for it: a
+        template may cut, trim, join and quote what it is given.
+
+        Raises:
+            TemplateError: the template refuses the messages, fails on them or does too much.
+        """
+        begins = {spelling[0] for spelling in self._tokenizer.added_tokens if spelling}
+        stand_ins = _stand_ins(begins, messages)
+        rendered = self.render([_disguise(message, stand_ins) for message in messages])
+        back = {ord(stand_in): character for character, stand_in in stand_ins.items()}
+        literal = {place for place, character in enumerate(rendered) if ord(character) in back}
+        return encode_with_added_tokens(self._tokenizer, rendered.translate(back), literal)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The template's text for `messages`; see `encode` for why this is not yet a prompt."""
+        parts = self._template.generate(
+            **self._names, messages=messages, add_generation_prompt=True
+        )
+        try:
+            return _run(parts)
+        except _TooMuch as error:
+            raise TemplateError(f"the chat template {error}") from None
+        except Exception as error:  # whatever a template does wrong
+            problem = f"the chat template does not take these messages: {_short(error)}"
+            raise TemplateError(problem) from None
+
+
+def _stand_ins(begins: set[str], messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """For each character one of the private use planes that is in no message."""
+    used = {c for message in messages for text in message.values() for c in text}
+    private = (chr(number) for number in range(0xF0000, 0x110000))
+    free = itertools.islice((c for c in private if c not in used), len(begins))
+    stand_ins = dict(zip(sorted(begins), free, strict=False))
+    if len(stand_ins) < len(begins):
+        raise TemplateError("the messages use every character that there is")
+    return stand_ins
+
+
+def _disguise(message: Mapping[str, str], stand_ins: Mapping[str, str]) -> dict[str, str]:
+    """A copy of the message with stand-ins, but for the role and an assistant's think tags."""
+    table = str.maketrans(dict(stand_ins))
+    spared = _THINK_TAG if message["role"] == "assistant" else _NOTHING
+    return {
+        key: value if key == "role" else _outside(spared, value, lambda text: text.translate(table))
+        for key, value in message.items()
+    }
+
+
+def _outside(spared: re.Pattern[str], text: str, change: Callable[[str], str]) -> str:
+    """Change `text` between what `spared` matches."""
+    parts = spared.split(text)
+    parts[::2] = map(change, parts[::2])
+    return "".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# The sandbox
+# ---------------------------------------------------------------------------------------------
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which no single operation takes for ever."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        """Multiply and raise, as long as the result stays small."""
+        numbers = isinstance(left, int) and isinstance(right, int)
+        if operator == "**":
+            size = _size(left) * abs(right) if numbers else 1
+        elif numbers:
+            size = _size(left) + _size(right)
+        else:  # a text, so many times
+            size = max(_size(left) * _times(right), _size(right) * _times(left))
+        if size > MAX_PRODUCT:
+            raise TemplateError(f"the result of {operator} would be too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int):
+        return value.bit_length()
+    return len(value) if isinstance(value, str | list | tuple) else 1
+
+
+def _times(value: Any) -> int:
+    return value if isinstance(value, int) else 1
+
+
+class _TooMuch(BaseException):
+    """Not an Exception, so that no filter of jinja's takes it for a value's mistake."""
+
+
+def _run(parts: Iterable[str]) -> str:
+    """Join the parts, and stop after so many lines of Python or so many characters.
+
+    A loop that writes nothing gives no chance to look at a clock, and a thread cannot be killed;
+    but an interpreter that is asked to trace this thread tells of every line in it.
+    """
+    steps = characters = 0
+    written: list[str] = []
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
+        nonlocal steps
+        steps += 1
+        if steps > MAX_STEPS:
+            raise _TooMuch("does not come to an end")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for part in parts:
+            written.append(part)
+            characters += len(part)
+            if characters > MAX_CHARACTERS:
+                raise _TooMuch(f"writes more than {MAX_CHARACTERS} characters")
+    finally:
+        sys.settrace(before)
+    return "".join(written)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Jinja's own writes < as a code, for web pages."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _short(error: Exception) -> str:
+    return one_line(error)[:200] or type(error).__name__

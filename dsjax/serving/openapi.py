@@ -1,0 +1,109 @@
+"""What `/openapi.json` says of the routes: their bodies, and every status that they answer with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from dsjax.serving.bodies import Body, ChatBody, CompletionBody
+
+_REASONS = {
+    400: "The request is wrong.",
+    401: "A key is missing or unknown.",
+    404: "There is no such model.",
+    408: "The body took too long to arrive.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    421: "The Host header names another server.",
+    429: "Too many sequences are open; Retry-After says when to come again.",
+    500: "A fault of the server's.",
+    503: "The server warms up or shuts down; Retry-After says when to come again.",
+}
+_ALWAYS = (401, 421, 500)
+_SCHEMAS = "#/components/schemas/"
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"enum": ["invalid_request_error", "server_error"]},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def generating(body: type[Body], answer: str) -> dict[str, Any]:
+    """A route's arguments when it takes `body`, and `answer` is the object that it returns."""
+    schema = {"$ref": _SCHEMAS + body.__name__}
+    content = {
+        "application/json": {"schema": _object(answer)},
+        "text/event-stream": {"schema": {"type": "string"}},
+    }
+    return {
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        },
+        "responses": {200: {"description": "The answer, whole or streamed.", "content": content}}
+        | _errors(*_REASONS),
+    }
+
+
+def looking(kind: str, schema: dict[str, Any], *statuses: int, key: bool = True) -> dict[str, Any]:
+    """A route's arguments when it only looks and answers with `kind`."""
+    extra = {} if key else {"openapi_extra": {"security": []}}
+    answer = {"description": "What was asked for.", "content": {kind: {"schema": schema}}}
+    return {"responses": {200: answer} | _errors(*_ALWAYS, *statuses), **extra}
+
+
+def listing() -> dict[str, Any]:
+    """The schema of a list of models."""
+    models = {"type": "array", "items": _object("model", "id", "created", "owned_by")}
+    schema = _object("list", "data")
+    schema["properties"]["data"] = models
+    return schema
+
+
+def describe(app: FastAPI) -> None:
+    """Make the app's own description of itself complete: the bodies, the error, the key."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version="1", routes=app.routes)
+            kinds = [(CompletionBody, "validation"), (ChatBody, "validation")]
+            _, bodies = models_json_schema(kinds, ref_template=_SCHEMAS + "{model}")
+            schema["components"] = {
+                "schemas": {**bodies["$defs"], "Error": _ERROR},
+                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            }
+            schema["security"] = [{"key": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi
+
+
+def _object(kind: str, *required: str) -> dict[str, Any]:
+    """An object that says of itself what it is, and has these fields."""
+    return {
+        "type": "object",
+        "required": ["object", *required],
+        "properties": {"object": {"const": kind}},
+    }
+
+
+def _errors(*statuses: int) -> dict[int | str, Any]:
+    content = {"application/json": {"schema": {"$ref": _SCHEMAS + "Error"}}}
+    return {
+        status: {"description": _REASONS[status], "content": content} for status in sorted(statuses)
+    }
