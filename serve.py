@@ -11,7 +11,7 @@ EXAMPLES = """\
 examples:
   python serve.py chat runs/demo
   python serve.py batch runs/demo --input requests.jsonl --output answers.jsonl
-  python serve.py http ./DeepSeek-V2-Lite --port 8000 --memory 8GiB
+  python serve.py http runs/demo --port 8000 --memory 1GiB
 
 `serve.py VERB --help` explains a verb. Exit codes: 0 done, 2 your input is wrong (one line says
 what), 130 and 143 stopped by Ctrl-C and SIGTERM, 1 a fault of ours.

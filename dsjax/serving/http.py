@@ -74,7 +74,10 @@ def run_http(engine: Engine, served: Served, settings: HttpSettings) -> None:
         KeyboardInterrupt: Ctrl-C, once all is drained.
     """
     check_exposure(settings.host, settings.keys, without_key=settings.without_key)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # Libraries that loading a model imports leave a handler of their own: ours takes its place.
+    logging.basicConfig(
+        force=True, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     with listen(settings) as listener, _sigterm_is_no_failure():
         host, port = listener.getsockname()[:2]

@@ -55,8 +55,8 @@ def check_exposure(host: str, keys: Iterable[str], *, without_key: bool) -> None
     """
     if not is_loopback(host) and not any(keys) and not without_key:
         raise UserError(
-            f"{host} can be reached from other machines, and no API key is set: give keys in a "
-            f"file or in {KEYS_VARIABLE}, or say that anyone may use the model"
+            f"{host} can be reached from other machines, and no API key is set: give keys by "
+            f"--api-key-file or {KEYS_VARIABLE}, or say --without-key"
         )
 
 
