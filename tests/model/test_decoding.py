@@ -67,7 +67,7 @@ def test_the_cache_holds_only_latents(decoder: Decoder) -> None:
     assert held == 2 * a_token * config.num_hidden_layers * COUNT * PAGE
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", ["v3", "v2_lite", "no_shared_experts_no_dense_layers"])
 def test_absorbed_and_expanded_attention_say_what_one_pass_says(
     name: str, tokens: jax.Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
