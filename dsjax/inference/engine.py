@@ -86,12 +86,12 @@ class Engine:
         """Run one program on the device; what it added, in no particular order."""
         for sequence in self._scheduler.enter():
             self._runner.install(sequence)
-            if not sequence.counted:
-                sequence.counted = True
+            if sequence.cached is None:
+                sequence.cached = sequence.filled
                 self._counts["prefix_queries"] += len(sequence.tokens)
                 self._counts["prefix_hits"] += sequence.cached
-        running = len(self._scheduler.running)
-        plan = self._scheduler.plan(self._speculation.choose(running))
+        drafts = self._speculation.choose(self._scheduler.decoding_rows)
+        plan = self._scheduler.plan(drafts)
         if plan is None:
             return []
         began = time.perf_counter()
@@ -156,8 +156,7 @@ class Engine:
         if plan.reading:
             self._counts["prompt_tokens"] += sum(c.count for _, c in plan.placed())
         else:
-            running = sum(map(len, plan.groups))
-            self._speculation.saw(running, plan.queries - 1, drafted, accepted, made, seconds)
+            self._speculation.saw(plan.rows, plan.queries - 1, drafted, accepted, made, seconds)
         return updates
 
     def _extend(self, sequence: Sequence, new: list[int], index: int, found: StepOutputs) -> Update:
@@ -187,7 +186,7 @@ class Engine:
             finish,
             _token_logprobs(new, index, found.logprobs, params.logprobs),
             tuple(sequence.prompt_logprobs) if first else (),
-            sequence.cached if first else 0,
+            sequence.cached or 0 if first else 0,
         )
 
 

@@ -16,7 +16,7 @@ from dsjax.inference import sampler_state
 from dsjax.inference.request import SamplingParams
 from dsjax.inference.sampler_state import SamplerState, row_params
 from dsjax.inference.scheduler import Chunk, Plan, Sequence, row_counts
-from dsjax.inference.settings import PAGE_SIZE, EngineSettings
+from dsjax.inference.settings import PAGE_SIZE, READ_AT_ONCE, EngineSettings
 from dsjax.inference.step import StepInputs, StepOutputs, step_for
 from dsjax.model.decoder import make_pages, take_apart
 from dsjax.model.transformer import DeepSeek
@@ -46,9 +46,9 @@ class Runner:
         self.pages = max(self._table_width, tokens // PAGE_SIZE // self.groups)
         self.shapes = [
             (rows, queries)
-            for queries in (32, 128, 512, 2048)
-            for rows in (1, 4, 16, 64)
-            if rows <= self.rows and rows * queries <= max(settings.chunk, 32)
+            for queries in (32, 128, 512)
+            for rows in (1, 4, 16)
+            if rows <= self.rows and rows * queries <= READ_AT_ONCE
         ]
         self._vocab_size = np.int32(vocab_size)
         with self._device():
@@ -123,11 +123,10 @@ class Runner:
     def _inputs(self, plan: Plan) -> StepInputs:
         """The arrays of a step."""
         batch = self.groups * plan.rows
-        no_page = self.pages
         rows = np.full(batch, self.rows, np.int32)
         tokens, following = np.zeros((2, batch, plan.queries), np.int32)
         starts, counts, first = np.zeros((3, batch), np.int32)
-        table = np.full((batch, self._table_width), no_page, np.int32)
+        table = np.full((batch, self._table_width), self.pages, np.int32)
         samples = np.zeros(batch, bool)
         chances = prompt_chances = False
         for index, (sequence, count) in plan.placed():

@@ -27,8 +27,8 @@ class Sequence:
     """Prompt and output."""
     filled: int = 0
     """Tokens whose latents are in the cache."""
-    cached: int = 0
-    """Tokens of the prompt that were found there when it first entered."""
+    cached: int | None = None
+    """Tokens of the prompt that were found there when it first entered; None: it has not yet."""
     drafts: tuple[int, ...] = ()
     """What MTP expects to follow."""
     group: int = -1
@@ -38,8 +38,6 @@ class Sequence:
     shared: int = 0
     """Pages that others can find."""
     prompt_logprobs: list[TokenLogprob | None] = dataclasses.field(default_factory=list)
-    entered: bool = False
-    counted: bool = False
 
     @property
     def made(self) -> int:
@@ -98,7 +96,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In the order in which they entered."""
         self._free_rows = [list(range(rows))[::-1] for _ in range(groups)]
-        self._rows = rows
         self._shapes = shapes
         self._row_counts = row_counts(rows)
         self._read_last = False
@@ -134,8 +131,6 @@ class Scheduler:
         sequence.pages = found + [page for page in taken if page is not None]
         sequence.group, sequence.row = group, self._free_rows[group].pop()
         sequence.filled, sequence.shared = len(found) * size, len(found)
-        if not sequence.entered:
-            sequence.entered, sequence.cached = True, sequence.filled
         return True
 
     def _remembered(self, sequence: Sequence, pool: PagePool) -> list[int]:
@@ -161,12 +156,20 @@ class Scheduler:
     def remember(self, sequence: Sequence) -> None:
         """Full pages of a sequence can be shared from now on."""
         pool = self.pools[sequence.group]
-        read = sequence.tokens[: sequence.filled]
-        sequence.keys = page_keys(read, pool.size, sequence.keys)
         full = sequence.filled // pool.size
+        if full == sequence.shared:
+            return
+        sequence.keys = page_keys(sequence.tokens[: sequence.filled], pool.size, sequence.keys)
         for number in range(sequence.shared, full):
             pool.remember(sequence.pages[number], sequence.keys[number])
         sequence.shared = full
+
+    @property
+    def decoding_rows(self) -> int:
+        """Rows a group of the program that would continue what can be continued; 0 for nothing."""
+        groups = self._by_group([s for s in self.running if not s.reading])
+        most = max(map(len, groups))
+        return self._rows_for(most) if most else 0
 
     def plan(self, drafts: int) -> Plan | None:
         """What to do next: read prompts and continue sequences in turn; None when nothing runs."""
@@ -190,7 +193,7 @@ class Scheduler:
         chunks = [[Chunk(s, min(s.unread, queries)) for s in g[:rows]] for g in groups]
         return Plan(rows, queries, True, chunks)
 
-    def _decoding_step(self, sequences: list[Sequence], drafts: int) -> Plan | None:
+    def _decoding_step(self, sequences: list[Sequence], drafts: int) -> Plan:
         """Every sequence that has its pages, each with as many of its drafts as can count."""
         chunks = []
         for sequence in sequences:
@@ -204,9 +207,7 @@ class Scheduler:
         groups: list[list[Chunk]] = [[] for _ in self.pools]
         for chunk in chunks:
             groups[chunk.sequence.group].append(chunk)
-        most = max(map(len, groups))
-        rows = next(count for count in self._row_counts if count >= most)
-        return Plan(rows, 1 + drafts, False, groups)
+        return Plan(self._rows_for(max(map(len, groups))), 1 + drafts, False, groups)
 
     def _has_pages(self, sequence: Sequence, tokens: int) -> bool:
         """Take pages up to so many tokens, from the last that entered if need be."""
@@ -224,6 +225,9 @@ class Scheduler:
             if last is sequence:
                 return False
         return True
+
+    def _rows_for(self, most: int) -> int:
+        return next(count for count in self._row_counts if count >= most)
 
     def _by_group(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         return [[s for s in sequences if s.group == g] for g in range(len(self.pools))]

@@ -6,6 +6,8 @@ import dataclasses
 
 from dsjax.errors import UserError
 
+READ_AT_ONCE = 512
+"""Tokens of prompts that one step reads at most, for each part of the batch."""
 PAGE_SIZE = 32
 """Tokens of a page: what sequences that begin alike share is whole pages."""
 
@@ -24,13 +26,11 @@ class EngineSettings:
     """Most tokens of a sequence, prompt and output."""
     cache_tokens: int | None = None
     """Tokens that the cache holds in all; None: `rows` sequences of full length."""
-    chunk: int = 512
-    """Tokens of prompts that are read in one step."""
     drafts: int = 1
     """Tokens that MTP drafts a step, where the model has MTP; 0: none."""
 
     def __post_init__(self) -> None:
-        for name, low in (("rows", 1), ("context", 2), ("chunk", 1), ("drafts", 0)):
+        for name, low in (("rows", 1), ("context", 2), ("drafts", 0)):
             if (value := getattr(self, name)) < low:
                 raise UserError(f"{name} is {value}; expected at least {low}")
         if self.drafts > 4:

@@ -37,11 +37,11 @@ def causal_attention_reference(
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     allowed = jnp.tri(q.shape[1], dtype=bool)[None] & same
-    weights = masked_softmax(scores, allowed[:, None])
+    weights = _masked_softmax(scores, allowed[:, None])
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
 
-def masked_softmax(
+def _masked_softmax(
     scores: Float[Array, "B H Q K"], allowed: Bool[Array, "#B #H Q K"]
 ) -> Float[Array, "B H Q K"]:
     """Softmax over the last axis among the allowed entries."""

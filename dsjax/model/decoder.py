@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import ModelConfig
 from dsjax.kernels.paged_attention import Places
 from dsjax.model.block import Block
-from dsjax.model.layers import Embedding, Linear, RMSNorm
+from dsjax.model.layers import Embedding, Linear, RMSNorm, use
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts
 from dsjax.model.mtp import MTPModule
@@ -27,7 +27,6 @@ from dsjax.model.rope import rotary_table
 from dsjax.model.transformer import DeepSeek
 from sharding.rules import constrain
 
-Module = TypeVar("Module", bound=nnx.Module)
 Pages = tuple[Float[Array, "G N T W"], ...]
 """The latent cache: one array of pages for each layer, and a last one for MTP's."""
 
@@ -80,7 +79,8 @@ class Decoder:
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """float32 scores of every token of the vocabulary."""
-        logits = self.head(hidden).astype(jnp.float32)
+        weight = use(self.head.weight, hidden.dtype)
+        logits = jnp.einsum("bd,dv->bv", hidden, weight, preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "vocab")
 
     def _embed(self, tokens: Array) -> Array:
@@ -89,7 +89,11 @@ class Decoder:
 
 @jax.jit
 def take_apart(model: DeepSeek) -> Decoder:
-    """A decoder with copies of a model's weights, in the dtype that it computes in."""
+    """A decoder with copies of a model's weights.
+
+    Matrices are in the dtype that the model computes in, so that no step casts them; norms and
+    routers, which compute in float32, stay as they are.
+    """
     config = model.config
     layers = [
         jax.tree.map(lambda a, i=i: a[i], stack)
@@ -100,29 +104,38 @@ def take_apart(model: DeepSeek) -> Decoder:
         for i in range(count)
     ]
     mtp = jax.tree.map(lambda a: a[0], model.mtp)
-    head = jax.tree.map(lambda a: a, model.head)
-    for module in (*layers, head, mtp):
-        _prepare(module)
-    return Decoder(model.embed, tuple(layers), model.norm, head, mtp, config, model.dtype)
+    embed, head = jax.tree.map(lambda a: a, (model.embed, model.head))
+    for module in (embed, *layers, head, mtp):
+        _prepare(module, model.dtype)
+    return Decoder(embed, tuple(layers), model.norm, head, mtp, config, model.dtype)
 
 
-def _prepare(module: nnx.Module | None) -> None:
-    """Put inputs first in every matrix below, and hold what is cut at every step apart."""
-    if module is None:
-        return
-    inside = [node for _, node in nnx.iter_graph(module)]
-    for node in inside:
+def _prepare(module: nnx.Module | None, dtype: Any) -> None:
+    """Cast every matrix below, put its inputs first, and hold what is cut at every step apart."""
+    for node in _modules(module):
         if isinstance(node, MLA):
             node.split_keys_from_values()
-    for node in (node for _, node in nnx.iter_graph(module)):
+    for node in _modules(module):  # anew: the split took one away
         if isinstance(node, Linear | Experts):
             node.put_inputs_first()
+        if isinstance(node, Linear | Experts | Embedding | MLA):
+            for variable in vars(node).values():
+                if isinstance(variable, nnx.Param):
+                    variable.set_value(variable[...].astype(dtype))
+
+
+def _modules(module: nnx.Module | None) -> list[Any]:
+    return [] if module is None else [node for _, node in nnx.iter_graph(module)]
 
 
 def make_pages(
     config: ModelConfig, groups: int, count: int, size: int, dtype: Any, *, mtp: bool
 ) -> Pages:
     """Empty pages: `count` of `size` tokens in each group, for every layer."""
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    layers = config.num_hidden_layers + mtp
+    layers, width = cache_shape(config, mtp=mtp)
     return tuple(jnp.zeros((groups, count, size, width), dtype) for _ in range(layers))
+
+
+def cache_shape(config: ModelConfig, *, mtp: bool) -> tuple[int, int]:
+    """Layers that remember, MTP's among them if it is used, and numbers a token in each."""
+    return config.num_hidden_layers + mtp, config.kv_lora_rank + config.qk_rope_head_dim

@@ -18,6 +18,7 @@ from dsjax.config_files import load_run_config
 from dsjax.errors import UserError
 from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
+from dsjax.model.decoder import cache_shape
 from dsjax.model.transformer import DeepSeek
 from dsjax.serving.options import ModelOptions
 from dsjax.serving.protocol import Served, load_served
@@ -63,8 +64,9 @@ def open_model(options: ModelOptions) -> tuple[Engine, Served]:
 
 def token_bytes(config: ModelConfig, itemsize: int, drafts: int) -> int:
     """What one token takes in the cache: a latent and a rotary key for every layer, MTP's too."""
-    layers = config.num_hidden_layers + (drafts > 0 and config.num_nextn_predict_layers > 0)
-    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * itemsize
+    return (
+        math.prod(cache_shape(config, mtp=config.num_nextn_predict_layers > 0 < drafts)) * itemsize
+    )
 
 
 def _read_config(checkpoint: Path) -> ModelConfig:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,14 +12,12 @@ PLAIN_SECONDS = 10.0
 """Between two lines when there is no terminal."""
 
 
-class ProgressDisplay:
-    """Progress in tokens, with loss, throughput, MaxVio and the time left."""
+class Display:
+    """A bar with a text of its own, where there is a terminal; a context."""
 
-    def __init__(self, total_tokens: int, done_tokens: int, console: Console) -> None:
+    def __init__(self, total: int, done: int, console: Console) -> None:
         self._console = console
-        self._total = total_tokens
-        self._last_line = 0.0
-        self._start: tuple[float, int] | None = None
+        self._total = total
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -30,21 +27,29 @@ class ProgressDisplay:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task("", total=total_tokens, completed=done_tokens, text="")
+            self._task = self._bar.add_task("", total=total, completed=done, text="")
 
-    def __enter__(self) -> ProgressDisplay:
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class ProgressDisplay(Display):
+    """Progress in tokens, with loss, throughput, MaxVio and the time left."""
+
+    def __init__(self, total_tokens: int, done_tokens: int, console: Console) -> None:
+        super().__init__(total_tokens, done_tokens, console)
+        self._last_line = 0.0
+        self._start: tuple[float, int] | None = None
 
     def update(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Show a finished step."""
@@ -64,7 +69,3 @@ class ProgressDisplay:
             speed = (tokens - first) / max(now - began, 1e-9)
             left = f"  {max(self._total - tokens, 0) / speed:.0f} s left" if speed else ""
             self.say(f"{text}  {tokens / self._total:.0%}{left}")
-
-    def say(self, text: str) -> None:
-        """One line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)

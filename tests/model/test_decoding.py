@@ -12,9 +12,10 @@ import pytest
 from reference.configs import CONFIGS
 from reference.weights import place, random_weights
 
+from dsjax.config import ModelConfig
 from dsjax.kernels.paged_attention import places_of
 from dsjax.model.decoder import Decoder, Pages, make_pages, take_apart
-from dsjax.model.layers import count_parameters
+from dsjax.model.layers import count_parameters, variables
 from dsjax.model.transformer import DeepSeek
 
 from .conftest import LENGTH, forward, off
@@ -114,3 +115,22 @@ def test_looking_ahead_over_a_cache_equals_one_pass(
         part, starts = tokens[:, begin:end], jnp.full(2, begin)
         hidden, pages = extend(decoder, pages, part, starts, follow, ahead=True)
         assert off(hidden, expected[:, begin:end]) < EXACT
+
+
+def test_a_decoder_computes_in_the_models_dtype_but_scores_in_float32(
+    config: ModelConfig, tokens: jax.Array
+) -> None:
+    """Matrices are cast once; routers and norms keep what is stored, logits are never rounded."""
+    model = place(config, random_weights(config))
+    model.dtype = jnp.dtype(jnp.bfloat16)
+    decoder = take_apart(model)
+    kinds = {name: str(weight.dtype) for name, weight in variables(decoder)}
+    kept = {name for name, dtype in kinds.items() if dtype == "float32"}
+    assert {name.split(".")[-2] for name in kept} <= {
+        "norm", "attn_norm", "ffn_norm", "q_a_norm", "kv_a_norm", "enorm", "hnorm", "router",
+    }  # fmt: skip
+    assert set(kinds.values()) == {"float32", "bfloat16"}
+    hidden = jax.random.normal(jax.random.key(0), (2, config.hidden_size)).astype(jnp.bfloat16)
+    found, expected = decoder.logits(hidden), model.logits(hidden[:, None])[:, 0]
+    assert found.dtype == jnp.float32
+    assert off(found, expected) < EXACT
