@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
 """Between two lines when there is no terminal."""
+
+
+Shown = TypeVar("Shown", bound="Display")
 
 
 class Display:
@@ -29,7 +32,7 @@ class Display:
             )
             self._task = self._bar.add_task("", total=total, completed=done, text="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Shown) -> Shown:
         if self._bar:
             self._bar.start()
         return self
