@@ -24,10 +24,10 @@ help:
 demo: .venv/made
 	$(BIN)/python train.py
 
-test: .venv/made
+test: .venv/made-test
 	$(BIN)/python -m pytest
 
-test-fast: .venv/made
+test-fast: .venv/made-test
 	$(BIN)/python -m pytest -m "not slow"
 
 parity: .venv/made-parity
@@ -53,13 +53,17 @@ clean:
 	  { echo "error: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=python3.11" >&2; exit 2; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
+	$(PIP) -e '.[serve]' -c constraints.txt
+	touch $@
+
+.venv/made-test: .venv/made
 	$(PIP) -e '.[test]' -c constraints.txt
 	touch $@
 
-.venv/made-parity: .venv/made
+.venv/made-parity: .venv/made-test
 	$(PIP) '$(TORCH)' -e '.[parity]' -c constraints.txt
 	touch $@
 
-.venv/made-dev: .venv/made
+.venv/made-dev: .venv/made-test
 	$(PIP) -e '.[dev]' -c constraints.txt
 	touch $@
