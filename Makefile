@@ -1,5 +1,5 @@
 # Every command makes its own environment in .venv: nothing is needed but Python 3.11 or newer.
-# The plain pip lines are those of the two recipes below .venv/made.
+# The plain pip lines are those of the recipes from .venv/made on.
 
 PYTHON ?= python3
 BIN := .venv/bin
