@@ -16,6 +16,9 @@ from jaxtyping import Array, Float, Int
 from dsjax.kernels.permutation import Order, sort_by_expert, sum_choices
 from dsjax.kernels.swiglu import SwiGLU, swiglu
 
+BLOCKS = (128, 16, 4)
+"""Rows of one product on a CPU: large ones are fast, small ones waste little at an expert's end."""
+
 
 def apply_experts(
     x: Float[Array, "T D"],
@@ -44,37 +47,39 @@ def _ragged(x: Array, weights: SwiGLU, order: Order, gates: Array) -> Array:
 
 
 def _in_blocks(x: Array, weights: SwiGLU, order: Order, gates: Array) -> Array:
-    """Every expert that was chosen, a block of its rows at a time; the others are not read.
+    """Expert after expert that was chosen, its rows in blocks of falling size; no other is read.
 
-    A matrix is sliced out of its stack inside the loop, where XLA copies it at the speed of memory;
-    a gather of all chosen matrices before it is five times as slow. An expert's last block runs
+    A matrix is sliced out of its stack once an expert, which XLA copies at the speed of memory; a
+    gather of all chosen matrices at once is five times as slow. The last block of an expert can run
     over into the next one's rows, which come later and overwrite what it left.
     """
-    block = _block_size(x.shape[0], gates.size, weights.gate.shape[0])
-    token = jnp.pad(order.token_of_row, (0, block))
-    gates = jnp.pad(gates, (0, block))
-    begins = jnp.cumsum(order.sizes) - order.sizes
-    blocks = (order.sizes + block - 1) // block
-    ends = jnp.cumsum(blocks)
+    blocks = (1,) if x.shape[0] == 1 else BLOCKS
+    token = jnp.pad(order.token_of_row, (0, blocks[0]))
+    gates = jnp.pad(gates, (0, blocks[0]))
+    ends = jnp.cumsum(order.sizes)
+    chosen = jnp.nonzero(order.sizes, size=order.sizes.size, fill_value=0)[0]
 
-    def one_block(index: Array, out: Array) -> Array:
-        expert = (ends <= index).sum()
-        at = begins[expert] + (index - (ends[expert] - blocks[expert])) * block
-        rows = x[lax.dynamic_slice_in_dim(token, at, block)]
-        gate, up, down = (_one(w, expert) for w in weights)
-        inner = swiglu(rows @ gate, rows @ up, lax.dynamic_slice_in_dim(gates, at, block))
-        return lax.dynamic_update_slice_in_dim(out, inner @ down, at, 0)
+    def one_expert(index: Array, out: Array) -> Array:
+        expert = chosen[index]
+        end, size = ends[expert], order.sizes[expert]
+        gate, up, down = (lax.dynamic_index_in_dim(w, expert, 0, keepdims=False) for w in weights)
 
-    out = jnp.zeros((order.pair_of_row.size + block, x.shape[1]), x.dtype)
-    return lax.fori_loop(0, ends[-1], one_block, out)[: order.pair_of_row.size]
+        def one_block(at: Array, out: Array, block: int) -> Array:
+            rows = x[lax.dynamic_slice_in_dim(token, at, block)]
+            inner = swiglu(rows @ gate, rows @ up, lax.dynamic_slice_in_dim(gates, at, block))
+            return lax.dynamic_update_slice_in_dim(out, inner @ down, at, 0)
 
+        at = end - size
+        for block in blocks:
+            # What fills more than half of a block is worth one; the smallest takes all the rest.
+            spared = 0 if block == blocks[-1] else block // 2
+            count = jnp.maximum(end - at - spared + block - 1, 0) // block
+            out = lax.fori_loop(
+                0, count, lambda i, out, at=at, b=block: one_block(at + i * b, out, b), out
+            )
+            at += count * block
+        return out
 
-def _one(stack: Array, expert: Array) -> Array:
-    return lax.dynamic_index_in_dim(stack, expert, 0, keepdims=False)
-
-
-def _block_size(tokens: int, pairs: int, experts: int) -> int:
-    """Rows of one product: twice as many as an expert gets, in four sizes; 1 for one token."""
-    if tokens == 1:
-        return 1
-    return next((size for size in (4, 8, 32) if size * experts >= 2 * pairs), 128)
+    out = jnp.zeros((order.pair_of_row.size + blocks[0], x.shape[1]), x.dtype)
+    out = lax.fori_loop(0, (order.sizes > 0).sum(), one_expert, out)
+    return out[: order.pair_of_row.size]
