@@ -1,12 +1,12 @@
 """Tokens per second of reading prompts and of decoding on a CPU: dsjax beside transformers.
 
-    python benchmarks/inference.py             needs the `parity` extra; some five minutes
+    python benchmarks/inference.py             needs the `parity` extra; some ten minutes
 
 Both run the same 81M-parameter DeepSeek-V3 (random weights, float32, two threads), each in a
 process of its own, in turns; transformers with each of its attention and expert backends, and the
-best one counts. Four jobs: a prompt of 512 tokens; 48 tokens after a prompt of 128, one sequence
-and eight; and 64 requests of mixed lengths, whose every token counts once: transformers' generate
-takes them in batches of 16, sorted so that little is padded. With `--run DIRECTORY`, a trained
+best one counts. Four jobs: a prompt of 512 tokens; 96 tokens after a prompt of 32, one sequence
+and eight; and 64 requests of mixed lengths, whose output counts: transformers' generate takes them
+in batches of 16, sorted so that little is padded. With `--run DIRECTORY`, a trained
 model with MTP is decoded with and without drafts as well. Prints one table and one JSON line.
 """
 
@@ -29,7 +29,7 @@ from contest import (
     transformers_model,
 )
 
-PROMPT, NEW = 128, 48
+PROMPT, NEW = 32, 96
 BATCH = 16
 """Of transformers' static batches; 8 and 32 are no faster."""
 

@@ -13,11 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsjax.kernels.blocks import BLOCKS, fold_blocks, fold_experts
 from dsjax.kernels.permutation import Order, sort_by_expert, sum_choices
 from dsjax.kernels.swiglu import SwiGLU, swiglu
-
-BLOCKS = (128, 16, 4)
-"""Rows of one product on a CPU: large ones are fast, small ones waste little at an expert's end."""
 
 
 def apply_experts(
@@ -47,39 +45,24 @@ def _ragged(x: Array, weights: SwiGLU, order: Order, gates: Array) -> Array:
 
 
 def _in_blocks(x: Array, weights: SwiGLU, order: Order, gates: Array) -> Array:
-    """Expert after expert that was chosen, its rows in blocks of falling size; no other is read.
+    """Every expert that was chosen, a block of its rows at a time; the others are not read.
 
     A matrix is sliced out of its stack once an expert, which XLA copies at the speed of memory; a
-    gather of all chosen matrices at once is five times as slow. The last block of an expert can run
-    over into the next one's rows, which come later and overwrite what it left.
+    gather of all chosen matrices at once is five times as slow.
     """
     blocks = (1,) if x.shape[0] == 1 else BLOCKS
     token = jnp.pad(order.token_of_row, (0, blocks[0]))
     gates = jnp.pad(gates, (0, blocks[0]))
-    ends = jnp.cumsum(order.sizes)
-    chosen = jnp.nonzero(order.sizes, size=order.sizes.size, fill_value=0)[0]
 
-    def one_expert(index: Array, out: Array) -> Array:
-        expert = chosen[index]
-        end, size = ends[expert], order.sizes[expert]
+    def one_expert(expert: Array, begin: Array, size: Array, out: Array) -> Array:
         gate, up, down = (lax.dynamic_index_in_dim(w, expert, 0, keepdims=False) for w in weights)
 
-        def one_block(at: Array, out: Array, block: int) -> Array:
-            rows = x[lax.dynamic_slice_in_dim(token, at, block)]
-            inner = swiglu(rows @ gate, rows @ up, lax.dynamic_slice_in_dim(gates, at, block))
+        def one_block(at: Array, count: int, out: Array) -> Array:
+            rows = x[lax.dynamic_slice_in_dim(token, at, count)]
+            inner = swiglu(rows @ gate, rows @ up, lax.dynamic_slice_in_dim(gates, at, count))
             return lax.dynamic_update_slice_in_dim(out, inner @ down, at, 0)
 
-        at = end - size
-        for block in blocks:
-            # What fills more than half of a block is worth one; the smallest takes all the rest.
-            spared = 0 if block == blocks[-1] else block // 2
-            count = jnp.maximum(end - at - spared + block - 1, 0) // block
-            out = lax.fori_loop(
-                0, count, lambda i, out, at=at, b=block: one_block(at + i * b, out, b), out
-            )
-            at += count * block
-        return out
+        return fold_blocks(begin, size, blocks, one_block, out)
 
     out = jnp.zeros((order.pair_of_row.size + blocks[0], x.shape[1]), x.dtype)
-    out = lax.fori_loop(0, (order.sizes > 0).sum(), one_expert, out)
-    return out[: order.pair_of_row.size]
+    return fold_experts(order.sizes, one_expert, out)[: order.pair_of_row.size]

@@ -8,6 +8,7 @@ from jax import lax
 
 from dsjax.kernels import experts as kernel
 from dsjax.kernels import experts_blocked
+from dsjax.kernels.blocks import BLOCKS, fold_blocks
 from dsjax.kernels.experts import routed_experts, routed_experts_reference
 from dsjax.kernels.experts_inference import apply_experts
 from dsjax.kernels.permutation import sort_by_expert
@@ -152,3 +153,20 @@ def test_the_rule_for_gradients_is_the_hand_written_one():
     jaxpr = str(jax.make_jaxpr(routed_experts)(*inputs(4, 2)))
     assert kernel.routed_experts is routed_experts
     assert "custom_vjp" in jaxpr
+
+
+def test_blocks_cover_each_row_once_and_less_than_twice_as_many():
+    @jax.jit
+    def visits(size):
+        def one_block(at, rows, seen):
+            return lax.dynamic_update_slice_in_dim(
+                seen, 1 + lax.dynamic_slice_in_dim(seen, at, rows), at, 0
+            )
+
+        return fold_blocks(jnp.int32(5), size, BLOCKS, one_block, jnp.zeros(700, jnp.int32))
+
+    for size in range(0, 400, 7):
+        seen = np.asarray(visits(size))
+        covered = seen.sum()
+        assert seen[5 : 5 + covered].all() and seen.max(initial=0) <= 1
+        assert size <= covered < 2 * size + BLOCKS[-1]
