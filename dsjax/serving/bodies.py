@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from typing_extensions import TypeAliasType
 
 from dsjax.errors import one_line
 from dsjax.inference.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
@@ -21,6 +22,9 @@ MAX_PROMPTS = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 LARGEST = 2**31 - 1
+
+ID_PATTERN = "^(0|[1-9][0-9]{0,8})$"
+"""The one decimal spelling of a token id."""
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     "suffix": (None,),
@@ -36,21 +40,32 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 """Fields that we do not do, and the values that ask for nothing."""
 
 
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number, and 74.0 is as much an integer there as 74 is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _prompts(value: Any) -> list[Any]:
-    """Any form of `prompt` as a list of texts and lists of ids."""
+    """Any form of `prompt` as a list of texts, or one of lists of ids."""
     if isinstance(value, str):
         return [value]
-    if not isinstance(value, list) or not value or not isinstance(value[0], str | list | int):
+    forms = str | list | int | float
+    if not isinstance(value, list) or not value or not isinstance(value[0], forms):
         raise ValueError("expected a string, a list of strings, or one or more lists of ids")
-    prompts = [value] if isinstance(value[0], int) else value
+    prompts = [value] if isinstance(value[0], int | float) else value
     if len(prompts) > MAX_PROMPTS:
         raise ValueError(f"{len(prompts)} prompts; at most {MAX_PROMPTS} go into one request")
-    for prompt in prompts:
-        if not isinstance(prompt, type(prompts[0])):
-            raise ValueError("strings and token ids are mixed")
-        if isinstance(prompt, list) and not (prompt and all(type(i) is int for i in prompt)):
-            raise ValueError("a list of token ids is empty, or holds something else")
-    return prompts
+    if not all(isinstance(prompt, type(prompts[0])) for prompt in prompts):
+        raise ValueError("strings and token ids are mixed")
+    return prompts if isinstance(prompts[0], str) else [_ids(prompt) for prompt in prompts]
+
+
+def _ids(prompt: list[Any]) -> list[int]:
+    """One prompt's token ids; how large they may be is the model's matter."""
+    ids = [_whole(found) for found in prompt]
+    if not ids or not all(type(found) is int for found in ids):
+        raise ValueError("a list of token ids is empty, or holds something else")
+    return ids
 
 
 def _stops(value: Any) -> Any:
@@ -72,16 +87,29 @@ def _content(value: Any) -> Any:
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Whole = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=0, le=LARGEST), Whole]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole]
 Biases = Annotated[
-    dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": ID_PATTERN}}),
 ]
-Stops = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-    Field(max_length=MAX_STOPS),
-]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Empty = Annotated[list[Any], Field(max_length=0)]
 Ignored = Any
+
+# Named, so that /openapi.json can say in one place how many tokens the model has.
+TokenId = TypeAliasType("TokenId", Annotated[int, Whole])
+
+# What is written here beside a validator is what a client may send; it alone is published.
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+AnyPrompt = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Ids
+    | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
 
 
 class _Closed(BaseModel):
@@ -96,11 +124,28 @@ class StreamOptions(_Closed):
     include_usage: bool | None = None
 
 
+class TextPart(_Closed):
+    """The one kind of part that a message's content may have."""
+
+    type: Literal["text"]
+    text: str
+
+
+AnyContent = str | list[TextPart] | None
+
+
 class Message(_Closed):
     """One message of a conversation; an answer of ours may come back as it was."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"role": {"not": {"const": "assistant"}}}},
+            "then": {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+        }
+    )
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_content)] = None
+    content: Annotated[str | None, BeforeValidator(_content, AnyContent)] = None
     reasoning_content: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
@@ -116,23 +161,23 @@ class Body(_Closed):
     """What both endpoints know; None is a field that was left out."""
 
     model: str
-    n: Annotated[int | None, Field(ge=1, le=MAX_N)] = None
+    n: Annotated[int, Field(ge=1, le=MAX_N), Whole] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
     min_tokens: Count | None = None
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=-1, le=LARGEST)] = None
+    top_k: Annotated[int, Field(ge=-1, le=LARGEST), Whole] | None = None
     """0 and -1: all tokens."""
     min_p: Probability | None = None
     repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Biases | None = None
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: Annotated[Stops | None, BeforeValidator(_stops)] = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Whole] | None = None
+    stop: Annotated[Stops | None, BeforeValidator(_stops, Stop | Stops | None)] = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
     user: Ignored = None
     metadata: Ignored = None
@@ -142,10 +187,10 @@ class Body(_Closed):
 class CompletionBody(Body):
     """A body of /v1/completions."""
 
-    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts, AnyPrompt)]
     echo: bool | None = None
-    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
-    best_of: int | None = None
+    logprobs: TopLogprobs | None = None
+    best_of: Annotated[int, Whole] | None = None
 
 
 class ChatBody(Body):
@@ -154,7 +199,7 @@ class ChatBody(Body):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+    top_logprobs: TopLogprobs | None = None
 
 
 # ---------------------------------------------------------------------------------------------

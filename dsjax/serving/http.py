@@ -21,10 +21,12 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+import h11
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsjax.errors import UserError
 from dsjax.serving.bodies import ChatBody, CompletionBody
@@ -60,6 +62,8 @@ class HttpSettings:
     """How long a stopping server lets running requests finish."""
     max_body: int = 8 * 2**20
     """Bytes of a request's body."""
+    head_seconds: float = 60.0
+    """How long a connection may take to bring a request's head."""
     body_seconds: float = 60.0
     """How long a body may take to arrive."""
     keep_alive_seconds: float = 10.0
@@ -108,9 +112,14 @@ def listen(settings: HttpSettings) -> socket.socket:
     """The listening socket, made before anything slow begins."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen on {settings.host}:{settings.port}: {error}") from error
+    # Connections inherit it. asyncio would set it only on a socket that names its protocol; without
+    # it what follows an answer's head, and each piece of a stream, waits up to 40 ms for the
+    # client's acknowledgement of what came before.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 class HttpServer(uvicorn.Server):
@@ -123,7 +132,7 @@ class HttpServer(uvicorn.Server):
         config = uvicorn.Config(
             make_app(self.worker, served, settings),
             loop="asyncio",
-            http="h11",  # it bounds the size of headers
+            http=_limit_heads(settings.head_seconds),  # h11 bounds their size
             ws="none",
             lifespan="off",  # `startup` and `shutdown` below are it
             log_config=None,
@@ -149,6 +158,45 @@ class HttpServer(uvicorn.Server):
         await drained
 
 
+def _limit_heads(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol over h11, but a connection that owes a request is not waited for.
+
+    uvicorn limits how long a connection may be silent between two requests, and any byte ends that
+    limit. Here it has `seconds` to complete a request's head, or the rest of a body whose request
+    is answered already. While an answer is under way nothing is limited: `wire.py` and `Answer`
+    see to that. Who is too late is cut off without a word, as after a silence.
+    """
+
+    class LimitedHeads(H11Protocol):
+        _limit: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._forget()
+
+        def _watch(self) -> None:
+            owes = self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
+            if not owes or self.transport.is_closing():
+                self._forget()
+            elif self._limit is None:
+                self._limit = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+        def _forget(self) -> None:
+            if self._limit is not None:
+                self._limit.cancel()
+                self._limit = None
+
+    return LimitedHeads
+
+
 def make_app(worker: Worker, served: Served, settings: HttpSettings) -> FastAPI:
     """All routes, behind the gate."""
     app = FastAPI(title="dsjax", docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -157,7 +205,7 @@ def make_app(worker: Worker, served: Served, settings: HttpSettings) -> FastAPI:
     guarded = is_loopback(settings.host) and not settings.keys
     hosts = {"localhost", "127.0.0.1", "::1", settings.host} if guarded else None
     app.add_middleware(Gate, keys=settings.keys, hosts=hosts)
-    describe(app)
+    describe(app, served)
     _add_errors(app)
     _add_generation(app, worker, served, settings)
     _add_looks(app, worker, served)
@@ -175,12 +223,12 @@ def _add_generation(app: FastAPI, worker: Worker, served: Served, settings: Http
         job = await asyncio.to_thread(parse, endpoint, body, served, uuid.uuid4().hex)
         return Answer(job, worker, settings.keep_alive_seconds)
 
-    @app.post(COMPLETIONS, **generating(CompletionBody, "text_completion"))
+    @app.post(COMPLETIONS, **generating(CompletionBody, "text_completion", "text_completion"))
     async def completions(request: Request) -> Response:
         """Go on with a text."""
         return await generate(request, COMPLETIONS)
 
-    @app.post(CHAT, **generating(ChatBody, "chat.completion"))
+    @app.post(CHAT, **generating(ChatBody, "chat.completion", "chat.completion.chunk"))
     async def chat_completions(request: Request) -> Response:
         """Answer in a conversation."""
         return await generate(request, CHAT)

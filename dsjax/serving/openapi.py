@@ -1,4 +1,8 @@
-"""What `/openapi.json` says of the routes: their bodies, and every status that they answer with."""
+"""What `/openapi.json` says of the routes: their bodies, and every status that they answer with.
+
+What a schema allows is taken, but for what no schema can say: that prompt and output fit into the
+context, and what two fields say of each other.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from dsjax.serving.bodies import Body, ChatBody, CompletionBody
+from dsjax.serving.bodies import REFUSED, Body, ChatBody, CompletionBody
+from dsjax.serving.protocol import Served
 
 _REASONS = {
     400: "The request is wrong.",
@@ -43,12 +48,14 @@ _ERROR = {
 }
 
 
-def generating(body: type[Body], answer: str) -> dict[str, Any]:
-    """A route's arguments when it takes `body`, and `answer` is the object that it returns."""
+def generating(body: type[Body], answer: str, chunk: str) -> dict[str, Any]:
+    """A route's arguments when it takes `body` and returns an `answer`, or `chunk`s of one."""
     schema = {"$ref": _SCHEMAS + body.__name__}
+    head = "id", "created", "model", "choices"
+    event = {"anyOf": [_object(chunk, *head), {"$ref": _SCHEMAS + "Error"}]}
     content = {
-        "application/json": {"schema": _object(answer)},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "application/json": {"schema": _object(answer, *head, "usage")},
+        "text/event-stream": {"itemSchema": _event(event)},
     }
     return {
         "openapi_extra": {
@@ -74,16 +81,16 @@ def listing() -> dict[str, Any]:
     return schema
 
 
-def describe(app: FastAPI) -> None:
+def describe(app: FastAPI, served: Served) -> None:
     """Make the app's own description of itself complete: the bodies, the error, the key."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version="1", routes=app.routes)
-            kinds = [(CompletionBody, "validation"), (ChatBody, "validation")]
-            _, bodies = models_json_schema(kinds, ref_template=_SCHEMAS + "{model}")
+            schema = get_openapi(
+                title=app.title, version="1", openapi_version="3.2.0", routes=app.routes
+            )
             schema["components"] = {
-                "schemas": {**bodies["$defs"], "Error": _ERROR},
+                "schemas": {**_bodies(served), "Error": _ERROR},
                 "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             }
             schema["security"] = [{"key": []}]
@@ -93,6 +100,21 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi
 
 
+def _bodies(served: Served) -> dict[str, Any]:
+    """The schemas of both bodies, and of what they are made of, for the model that is served."""
+    kinds = CompletionBody, ChatBody
+    _, found = models_json_schema(
+        [(kind, "validation") for kind in kinds], ref_template=_SCHEMAS + "{model}"
+    )
+    schemas = found["$defs"]
+    schemas["TokenId"] |= {"minimum": 0, "maximum": served.vocab_size - 1}
+    for kind in kinds:
+        fields = schemas[kind.__name__]["properties"]
+        fields["model"] |= {"const": served.name}
+        fields |= {name: {"enum": list(nothing)} for name, nothing in REFUSED.items()}
+    return schemas
+
+
 def _object(kind: str, *required: str) -> dict[str, Any]:
     """An object that says of itself what it is, and has these fields."""
     return {
@@ -100,6 +122,13 @@ def _object(kind: str, *required: str) -> dict[str, Any]:
         "required": ["object", *required],
         "properties": {"object": {"const": kind}},
     }
+
+
+def _event(schema: dict[str, Any]) -> dict[str, Any]:
+    """A server-sent event whose data are JSON of this schema, or the last one."""
+    json = {"contentMediaType": "application/json", "contentSchema": schema}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, json]}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
 def _errors(*statuses: int) -> dict[int | str, Any]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
 
 from dsjax.inference.request import LARGEST_SEED, MAX_STOP_TOKENS, SamplingParams
-from dsjax.serving.bodies import REFUSED, ChatBody, CompletionBody, bad_text, explain
+from dsjax.serving.bodies import (
+    ID_PATTERN,
+    REFUSED,
+    ChatBody,
+    CompletionBody,
+    bad_text,
+    explain,
+)
 from dsjax.serving.protocol import RequestError, Served
 
 COMPLETIONS = "/v1/completions"
@@ -76,8 +84,8 @@ def _require(holds: object, param: str, message: str) -> None:
 
 
 def _is_id(key: str, vocab_size: int) -> bool:
-    """Whether `key` is the one decimal spelling of a token id."""
-    return len(key) < 10 and key.isdecimal() and str(int(key)) == key and int(key) < vocab_size
+    """Whether `key` is the decimal spelling of a token id."""
+    return re.fullmatch(ID_PATTERN, key) is not None and int(key) < vocab_size
 
 
 def sampling(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 import sys
@@ -88,7 +89,7 @@ Talk = Conversation | Continuation
 
 
 def run_chat(engine: Engine, served: Served) -> None:
-    """Talk until the input ends.
+    """Talk until the input ends, or whoever reads the answers has had enough.
 
     Raises:
         KeyboardInterrupt: Ctrl-C where nobody sits at a terminal.
@@ -104,10 +105,13 @@ def run_chat(engine: Engine, served: Served) -> None:
     elif interactive:
         notes.print(f"{served.name}: /help says what can be done here", style="dim")
     screen = Screen() if interactive else Pipe()
-    for line in _typed() if interactive else _piped():
-        nothing = not line.strip() and isinstance(talk, Conversation)
-        if not nothing and not _command(line, talk, notes.print):
-            _turn(line, talk, engine, served, screen, notes)
+    try:
+        for line in _typed() if interactive else _piped():
+            nothing = not line.strip() and isinstance(talk, Conversation)
+            if not nothing and not _command(line, talk, notes.print):
+                _turn(line, talk, engine, served, screen, notes)
+    except BrokenPipeError:
+        _hush()
 
 
 def _turn(
@@ -212,7 +216,7 @@ class Screen:
 
 
 class Pipe:
-    """Answers alone, as they are."""
+    """Answers alone, as they are; who has read enough, such as `head`, breaks it."""
 
     def show(self, field: str, text: str) -> None:
         """Write a piece of an answer."""
@@ -224,6 +228,13 @@ class Pipe:
         """The answer is over."""
         sys.stdout.write("\n")
         sys.stdout.flush()
+
+
+def _hush() -> None:
+    """Python writes once more when it ends, what is left; nobody is there to read that."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _piped() -> Iterator[str]:

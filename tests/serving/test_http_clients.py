@@ -21,7 +21,7 @@ ROUTE = "/v1/completions"
 @pytest.fixture(scope="module")
 def port() -> Iterator[Port]:
     """Slow enough that a long answer takes seconds."""
-    with open_port(ScriptedEngine(step_seconds=0.005), max_open=400, body_seconds=0.3) as port:
+    with open_port(ScriptedEngine(step_seconds=0.005), max_open=400) as port:
         yield port
 
 
@@ -166,8 +166,8 @@ def neighbour_is_served(port: Port) -> None:
     assert answer.json()["choices"][0]["text"] == "cba"
 
 
-def test_a_body_that_trickles_is_given_up(port: Port):
-    with port.connect() as connection:
+def test_a_body_that_trickles_is_given_up():
+    with open_port(body_seconds=0.3) as port, port.connect() as connection:
         began = time.monotonic()
         connection.sendall(raw_post(ROUTE, LONG)[:-10])
         answer = read_until(connection, b"never")  # to the end: the connection is closed

@@ -1,6 +1,7 @@
 """What a client may ask for, what is made of it, and how everything else is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_a_number_within_its_range_is_taken_and_no_other(name, endpoint):
     parse(endpoint, {**body, name: None}, SERVED, "x")
     nan, inf = float("nan"), float("inf")
     wrong = [*OUTSIDE[name], True, False, "1", [1], {}, nan, inf, -inf, 1e39, 10**400, -(10**5000)]
-    wrong += [1.5, 1.0] if name in WHOLE else []
+    wrong += [1.5, -0.5] if name in WHOLE else []
     for value in wrong:
         error = refused(endpoint, {**body, name: value})
         assert (error.status, error.param) == (400, name)
@@ -76,7 +77,7 @@ BAD_FIELDS = [
     ({"stop_token_ids": [SIZE]}, "stop_token_ids"),
     ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ({"stop_token_ids": [True]}, "stop_token_ids[0]"),
-    ({"stop_token_ids": [1.0]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": [1.5]}, "stop_token_ids[0]"),
     ({"stop_token_ids": list(range(17))}, "stop_token_ids"),
     ({"logit_bias": {str(SIZE): 1}}, "logit_bias"),
     ({"logit_bias": {"-1": 1}}, "logit_bias"),
@@ -111,7 +112,7 @@ BAD_COMPLETIONS = [
     ({"prompt": value}, "prompt")
     for value in (
         None, 5, {}, [], [[]], [[1], []], ["a", 1], [1, "a"], ["a", [1]], [[1], "a"], [True],
-        [1.0], [[1.5]], [[True]], [SIZE], [-1], [[1], [SIZE]], [10**400], ["a", None], "a\ud800",
+        [0.5], [[1.5]], [[True]], [SIZE], [-1], [[1], [SIZE]], [10**400], ["a", None], "a\ud800",
         [1] * 401, [1] * 400, "ab " * 400, ["a"] * 1025,
     )
 ] + [
@@ -262,6 +263,18 @@ def test_settings_reach_the_engine():
     assert made.logit_bias == {5: -100, 0: 1.5}
     assert made.stop_tokens == (9, 7)
     assert (made.logprobs, made.prompt_logprobs) == (4, None)
+
+
+def test_a_whole_number_may_be_written_with_a_point():
+    """In JSON 74.0 is as much an integer as 74."""
+    given = {"max_tokens": 74, "min_tokens": 2, "n": 2, "best_of": 2, "seed": -3, "logprobs": 4}
+    given |= {"top_k": 7, "stop_token_ids": [9, 7], "prompt": [5, 0], "model": "r1"}
+    text = re.sub(r"(\d+)(?=[],}])", r"\1.0", json.dumps(given))
+    assert "74.0" in text and "[5.0, 0.0]" in text
+    asked = [parse(COMPLETIONS, body, SERVED, "x").requests for body in (given, json.loads(text))]
+    assert repr(asked[0]) == repr(asked[1])
+    chat = BASE[CHAT] | {"logprobs": True, "top_logprobs": 3.0, "max_completion_tokens": 5.0}
+    assert repr(parse(CHAT, chat, SERVED, "x").requests[0].sampling.max_tokens) == "5"
 
 
 def test_what_is_left_out_is_openais_default():

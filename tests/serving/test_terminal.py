@@ -109,6 +109,19 @@ def test_what_cannot_be_answered_is_said_and_forgotten(opened, monkeypatch, caps
     )
 
 
+def test_who_reads_from_the_pipe_may_leave(opened, monkeypatch):
+    """`serve.py chat ... | head -1`: no traceback, not even when Python flushes at its end."""
+    reading, writing = os.pipe()
+    with open(writing, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+        os.close(reading)
+        out.write("what was not written yet")
+        run_chat(*opened)
+    opened[0].cancel("chat-0")  # the process would have ended with it
+    assert opened[0].idle
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_an_answer_and_the_engine_goes_on(opened, number):
     whole, said = ask(opened, "one"), []
