@@ -28,6 +28,7 @@ CHECKED = [
     "dsjax.inference.sampling",
     "dsjax.kernels",
     "dsjax.model",
+    "dsjax.numerics",
     "dsjax.training",
     "sharding",
 ]
