@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from dsjax.config import ModelConfig
+    from dsjax.architecture import DeepSeekConfig
 
 THREADS = 2
 ATTENTION = ("sdpa", "eager")
@@ -79,11 +79,14 @@ def measure(workers: list[Worker], rounds: int) -> dict[str, list[Times]]:
     return times
 
 
-def model_config() -> ModelConfig:
+def model_config() -> DeepSeekConfig:
     """The 81M parameters that are large enough to time kernels."""
+    from dsjax.architecture import DeepSeekConfig
     from dsjax.config_files import load_model_config
 
-    return load_model_config("cpu-81m")
+    config = load_model_config("cpu-81m")
+    assert isinstance(config, DeepSeekConfig)
+    return config
 
 
 def transformers_model(attention: str, experts: str) -> Any:

@@ -62,10 +62,10 @@ def dsjax_contestants() -> Contestants:
     """Every job through the engine."""
     import jax
 
-    from dsjax.model.transformer import DeepSeek
+    from dsjax.model.transformer import Transformer
 
     config = model_config()
-    model = jax.jit(lambda key: DeepSeek(config, key))(jax.random.key(0))
+    model = jax.jit(lambda key: Transformer(config, key))(jax.random.key(0))
     return {f"{name} | dsjax": engine_run(model, job) for name, job in jobs().items()}
 
 

@@ -1,17 +1,18 @@
-"""Typed, frozen, validated configuration: what a model is and what a run does.
+"""Typed, frozen, validated configuration of a run; `dsjax.architecture` says what a model is.
 
 `dsjax.config_files` reads it. Nothing here imports jax, so that a command which only reads headers
-starts at once. Field names of `ModelConfig` are those of the released `config.json` files.
+starts at once.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from dsjax.architecture import ModelConfig, Section
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -25,140 +26,6 @@ def _parse_count(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_parse_count), Field(ge=0)]
 """A number of tokens or bytes; YAML may say 469B or 14.8T."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-# ---------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------
-
-
-class YarnConfig(Section):
-    """YaRN context extension (arXiv:2309.00071), with DeepSeek's two mscales."""
-
-    factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(gt=0)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-
-class ModelConfig(Section):
-    """The architecture, under the names of the released `config.json`.
-
-    DeepSeek-V3 (arXiv:2412.19437) section 4.2 gives the values of the 671B model.
-    `num_experts_per_tok` is K, `n_routed_experts` N_r, `n_shared_experts` N_s,
-    `q_lora_rank` d'_c, `kv_lora_rank` d_c, `qk_rope_head_dim` d_h^R of the paper.
-    """
-
-    model_type: Literal["deepseek_v3", "deepseek_v2", "kimi_k2"] = "deepseek_v3"
-
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0)
-    rms_norm_eps: float = Field(1e-6, gt=0)
-    initializer_range: float = Field(0.006, gt=0)
-    embedding_initializer_range: float | None = Field(None, gt=0)
-    """Of the token embedding; None: like all the rest, as DeepSeek trains. A model that sees few
-    tokens learns faster when they are not small beside what attention adds to them."""
-
-    num_attention_heads: int = Field(gt=0)
-    q_lora_rank: int | None = Field(None, gt=0)
-    kv_lora_rank: int = Field(gt=0)
-    qk_nope_head_dim: int = Field(gt=0)
-    qk_rope_head_dim: int = Field(gt=0)
-    v_head_dim: int = Field(gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
-    rope_scaling: YarnConfig | None = None
-
-    first_k_dense_replace: int = Field(0, ge=0)
-    intermediate_size: int = Field(gt=0)
-    moe_intermediate_size: int = Field(gt=0)
-    n_routed_experts: int = Field(gt=0)
-    n_shared_experts: int = Field(0, ge=0)
-    num_experts_per_tok: int = Field(gt=0)
-    n_group: int = Field(1, gt=0)
-    topk_group: int = Field(1, gt=0)
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-
-    num_nextn_predict_layers: int = Field(0, ge=0)
-
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for wrong, message in self._problems():
-            if wrong:
-                raise ValueError(message)
-        return self
-
-    def _problems(self) -> Iterator[tuple[bool, str]]:
-        """Every combination that cannot work: whether it is there, and what to say of it."""
-        c = self
-        yield (
-            c.qk_rope_head_dim % 2 != 0,
-            f"qk_rope_head_dim={c.qk_rope_head_dim} is odd, but rotary pairs need an even number; "
-            f"choose {c.qk_rope_head_dim + 1}",
-        )
-        for few, many in (
-            ("num_experts_per_tok", "n_routed_experts"),
-            ("topk_group", "n_group"),
-            ("first_k_dense_replace", "num_hidden_layers"),
-        ):
-            less, more = getattr(c, few), getattr(c, many)
-            message = f"{few}={less} is more than {many}={more}; choose at most that many"
-            yield less > more, message
-        yield (
-            c.n_routed_experts % c.n_group != 0,
-            f"n_routed_experts={c.n_routed_experts} is not divisible by n_group={c.n_group}; "
-            "choose a divisor",
-        )
-        group = c.n_routed_experts // c.n_group
-        yield (
-            c.num_experts_per_tok > group * c.topk_group,
-            f"num_experts_per_tok={c.num_experts_per_tok} is more than the {group * c.topk_group} "
-            f"experts of topk_group={c.topk_group} groups; raise topk_group",
-        )
-        yield (
-            c.topk_method == "noaux_tc" and c.n_group > 1 and group < 2,
-            f"groups of {group} expert have no two largest scores; "
-            "noaux_tc needs at least 2 experts a group: lower n_group",
-        )
-        yield (
-            c.topk_method == "greedy" and c.n_group > 1,
-            f"topk_method=greedy knows no groups, but n_group={c.n_group}; "
-            "use group_limited_greedy or n_group=1",
-        )
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(c, name)
-            outside = token is not None and not 0 <= token < c.vocab_size
-            yield outside, f"{name}={token} is outside vocab_size={c.vocab_size}"
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of a query or key head: the no-rope part, then the rotary part."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def num_moe_layers(self) -> int:
-        """Main-model layers with routed experts; MTP layers are not counted."""
-        return self.num_hidden_layers - self.first_k_dense_replace
-
-    @property
-    def has_router_bias(self) -> bool:
-        """Whether a bias steers the choice of experts (`noaux_tc`, V3's balancing)."""
-        return self.topk_method == "noaux_tc"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -285,8 +152,8 @@ class TrainingConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["keep_all", "keep_matmuls", "keep_layer_inputs"] = "keep_layer_inputs"
     loss_chunk: int = Field(512, gt=0)
-    mtp_weight: Schedule = [Stage(value=0.3)]
-    bias_update_rate: Schedule = [Stage(value=0.001)]
+    mtp_weight: Schedule = Field([Stage(value=0.3)])
+    bias_update_rate: Schedule = Field([Stage(value=0.001)])
     balance_loss_weight: float = Field(1e-4, ge=0)
     max_bad_steps: int = Field(5, gt=0)
 
@@ -324,7 +191,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()
-    rules: dict[str, list[str]] = {}
+    rules: dict[str, list[str]] = Field({})
     data: DataConfig
     optimizer: OptimizerConfig
     training: TrainingConfig

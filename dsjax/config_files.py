@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
-from dsjax.config import ModelConfig, RunConfig
+from dsjax.architecture import FAMILIES, ModelConfig
+from dsjax.config import RunConfig
 from dsjax.errors import UserError, one_line
 
 T = TypeVar("T", bound=BaseModel)
@@ -20,7 +21,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def load_model_config(name: str | Path) -> ModelConfig:
     """Read a model configuration: a YAML path, or a name under `configs/model/`."""
     path = find_config(name, CONFIGS / "model")
-    return parse(ModelConfig, read_yaml(path), source=str(path))
+    return parse_model(read_yaml(path), source=str(path))
 
 
 def load_run_config(name: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -39,6 +40,8 @@ def load_run_config(name: str | Path, overrides: list[str] | None = None) -> Run
         tree["model"] = read_yaml(find_config(tree["model"], CONFIGS / "model"))
     for text in overrides:
         _override(tree, text)
+    if isinstance(model := tree.get("model"), dict):
+        tree["model"] = parse_model(model, source=str(path), under="model.")
     return parse(RunConfig, tree, source=str(path))
 
 
@@ -67,12 +70,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def parse(kind: type[T], tree: dict[str, Any], source: str) -> T:
+def parse_model(tree: dict[str, Any], source: str, under: str = "") -> ModelConfig:
+    """Validate `tree` as the architecture that its `model_type` names; deepseek_v3 if it has none.
+
+    `under` is what stands before its keys in the file.
+    """
+    family = tree.get("model_type", "deepseek_v3")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(
+            f"{source}: {under}model_type={family!r}; expected one of {', '.join(FAMILIES)}"
+        )
+    return parse(FAMILIES[family], tree, source, under)
+
+
+def parse(kind: type[T], tree: dict[str, Any], source: str, under: str = "") -> T:
     """Validate `tree` as `kind`; the first problem becomes a one-line `UserError`."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(kind, error)}") from None
+        raise UserError(f"{source}: {_explain(kind, error, under)}") from None
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -101,35 +117,44 @@ def _item(node: Any, name: str, key: str) -> Any:
     raise UserError(f"{key}: there is no {name!r} to override in a {type(node).__name__}")
 
 
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+def _explain(kind: type[BaseModel], error: ValidationError, under: str) -> str:
     """The first problem, with the nearest valid key where the key is unknown."""
     problems = error.errors(include_url=False)
     # A misspelled key is unknown under its own name and missing under the right one: say the first.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in problem["loc"])
+    keys, section = _walk(kind, problem["loc"])
+    where = under + ".".join(keys)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(kind, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(keys[-1], list(section.model_fields), n=1, cutoff=0.0)
         return f"unknown key {where!r}; the nearest valid key is {near[0]!r}"
     if problem["type"] == "missing":
         return f"the key {where!r} is missing"
     if problem["type"] == "value_error":
-        return f"{where}: {message}" if where else message
+        return f"{where.rstrip('.')}: {message}" if where else message
     return f"{where}={problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the section at `loc` knows."""
+def _walk(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The keys that lead to `loc`, and the section that the last one stands in, or should."""
+    keys: list[str] = []
+    inside: dict[str, type[BaseModel]] = {"": kind}
     for part in loc:
-        if isinstance(part, int):
+        if part in inside:  # no key: it says which of several kinds of section was meant
+            kind, inside = inside[str(part)], {}
             continue
-        kind = _sections(kind.model_fields[part].annotation)[0]
-    return list(kind.model_fields)
+        keys.append(str(part))
+        if not isinstance(part, int):
+            kind = inside.get("", kind)
+            field = kind.model_fields.get(part)
+            inside = _sections(field.annotation) if field else {}
+    return keys, kind
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """Every Section class inside an annotation such as `YarnConfig | None`."""
+def _sections(annotation: Any, tag: str = "") -> dict[str, type[BaseModel]]:
+    """Every section inside an annotation such as `YarnConfig | None`, by its tag in a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for arg in get_args(annotation) for found in _sections(arg)]
+        return {tag: annotation}
+    for mark in getattr(annotation, "__metadata__", ()):
+        tag = mark.tag if isinstance(mark, Tag) else tag
+    return {t: s for arg in get_args(annotation) for t, s in _sections(arg, tag).items()}

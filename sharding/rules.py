@@ -34,6 +34,8 @@ TRAIN_RULES: Rules = {
     "embed": ("fsdp",),
     "q_lora": ("fsdp",),
     "kv_lora": ("fsdp",),
+    # Few: every device holds them all, and needs them for whichever heads it has.
+    "kv_heads": (),
     "head_dim": (),
     "latent": (),
     "norm": (),

@@ -8,12 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dsjax.config import (
-    ModelConfig,
-    RunConfig,
-    Stage,
-    schedule_value,
-)
+from dsjax.architecture import DeepSeekConfig
+from dsjax.config import RunConfig, Stage, schedule_value
 from dsjax.config_files import CONFIGS, load_model_config, load_run_config, parse, read_yaml
 from dsjax.errors import UserError
 
@@ -47,7 +43,7 @@ def refused(call: Any, *arguments: Any, **keywords: Any) -> str:
 
 
 def refused_model(**changes: Any) -> str:
-    return refused(parse, ModelConfig, MODEL | changes, source="model.yaml")
+    return refused(parse, DeepSeekConfig, MODEL | changes, source="model.yaml")
 
 
 # Files ----------------------------------------------------------------------------------------
@@ -124,13 +120,13 @@ def test_an_unknown_nested_key_names_the_nearest_valid_one(
 def test_a_mistyped_required_key_names_the_nearest_valid_one() -> None:
     """It is missing and unknown at once; the mistake is the unknown one."""
     tree = {key.replace("v_head_dim", "v_head_dmi"): value for key, value in MODEL.items()}
-    message = refused(parse, ModelConfig, tree, source="model.yaml")
+    message = refused(parse, DeepSeekConfig, tree, source="model.yaml")
     assert "unknown key 'v_head_dmi'; the nearest valid key is 'v_head_dim'" in message
 
 
 def test_a_missing_key_is_named() -> None:
     tree = {key: value for key, value in MODEL.items() if key != "v_head_dim"}
-    message = refused(parse, ModelConfig, tree, source="model.yaml")
+    message = refused(parse, DeepSeekConfig, tree, source="model.yaml")
     assert message == "model.yaml: the key 'v_head_dim' is missing"
 
 
@@ -176,7 +172,7 @@ def test_a_wrong_value_is_shown(changes: dict[str, Any], expected: str) -> None:
 )
 def test_an_impossible_model_is_refused(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=f"^model.yaml: {expected}"):
-        parse(ModelConfig, MODEL | changes, source="model.yaml")
+        parse(DeepSeekConfig, MODEL | changes, source="model.yaml")
 
 
 @pytest.mark.parametrize(

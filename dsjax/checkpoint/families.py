@@ -1,21 +1,23 @@
 """Names of the released weights: one table, read in both directions.
 
-DeepSeek-V3 and R1, V2, Moonlight and Kimi-K2 call their weights the same. A row joins a parameter
-of ours to the tensors that hold it in the released files. Our parameters keep the layout of the
-file, [out, in], so a row needs no transformation: our array is the file's tensors, reshaped and
-stacked over layers and experts, and exporting is the same sentence read backwards.
+DeepSeek-V3 and R1, V2, Moonlight and Kimi-K2 call their weights the same, and so do Llama, Qwen2
+and Qwen3 what they have in common with them: a family is what its config leaves of the rows. A row
+joins a parameter of ours to the tensors that hold it in the released files. Our parameters keep the
+layout of the file, [out, in], so a row needs no transformation: our array is the file's tensors,
+reshaped and stacked over layers and experts, and exporting is the same sentence read backwards.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsjax.architecture import DeepSeekConfig, DenseConfig, ModelConfig
 from dsjax.checkpoint.safetensors import Entry
-from dsjax.config import ModelConfig
 from dsjax.errors import UserError
 
 KINDS = (
@@ -23,6 +25,7 @@ KINDS = (
     HEAD := "head",
     NORM := "norms",
     ATTENTION := "attention",
+    BIAS := "attention biases",
     DENSE := "dense feed-forward",
     ROUTED := "routed experts",
     SHARED := "shared experts",
@@ -58,7 +61,7 @@ class Row:
 _TOP = (
     Row("embed.weight", "model.embed_tokens.weight", "vocab embed", EMBEDDING),
     Row("norm.weight", "model.norm.weight", "embed", NORM),
-    Row("head.weight", "lm_head.weight", "vocab embed", HEAD),
+    Row("head.weight", "lm_head.weight", "untied embed", HEAD),
 )
 _BLOCK = (
     Row("attn_norm.weight", "input_layernorm.weight", "embed", NORM),
@@ -69,6 +72,14 @@ _BLOCK = (
     Row("attn.kv_a.weight", "self_attn.kv_a_proj_with_mqa.weight", "latent embed", ATTENTION),
     Row("attn.kv_a_norm.weight", "self_attn.kv_a_layernorm.weight", "kv_lora", NORM),
     Row("attn.kv_b.weight", "self_attn.kv_b_proj.weight", "(heads key_value) kv_lora", ATTENTION),
+    Row("attn.q.weight", "self_attn.q_proj.weight", "(heads head) embed", ATTENTION),
+    Row("attn.q.bias", "self_attn.q_proj.bias", "(heads biased)", BIAS),
+    Row("attn.k.weight", "self_attn.k_proj.weight", "(few head) embed", ATTENTION),
+    Row("attn.k.bias", "self_attn.k_proj.bias", "(few biased)", BIAS),
+    Row("attn.v.weight", "self_attn.v_proj.weight", "(few head) embed", ATTENTION),
+    Row("attn.v.bias", "self_attn.v_proj.bias", "(few biased)", BIAS),
+    Row("attn.q_norm.weight", "self_attn.q_norm.weight", "normed", NORM),
+    Row("attn.k_norm.weight", "self_attn.k_norm.weight", "normed", NORM),
     Row("attn.out.weight", "self_attn.o_proj.weight", "embed (heads value)", ATTENTION),
     Row("ffn_norm.weight", "post_attention_layernorm.weight", "embed", NORM),
 )
@@ -102,11 +113,20 @@ _MTP = (
 def _sizes(config: ModelConfig) -> dict[str, int]:
     """Sizes of the dimensions; one of size 0 takes the rows that have it out of the model."""
     c = config
-    return {
+    everywhere = {
         "vocab": c.vocab_size,
+        "untied": 0 if c.tie_word_embeddings else c.vocab_size,
         "embed": c.hidden_size,
-        "two_embeds": 2 * c.hidden_size,
         "heads": c.num_attention_heads,
+        "mlp": c.intermediate_size,
+    }
+    theirs = _deepseek_sizes(c) if isinstance(c, DeepSeekConfig) else _dense_sizes(c)
+    return defaultdict(int, everywhere | theirs)
+
+
+def _deepseek_sizes(c: DeepSeekConfig) -> dict[str, int]:
+    return {
+        "two_embeds": 2 * c.hidden_size,
         "query": c.qk_head_dim,
         "q_lora": c.q_lora_rank or 0,
         "direct": c.hidden_size if c.q_lora_rank is None else 0,
@@ -116,10 +136,19 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
         "value": c.v_head_dim,
         "experts": c.n_routed_experts,
         "steered": c.n_routed_experts if c.has_router_bias else 0,
-        # Widths of a dense feed-forward, of one routed expert, and of all shared ones together.
-        "mlp": c.intermediate_size,
+        # Widths of one routed expert, and of all shared ones together.
         "routed": c.moe_intermediate_size,
         "shared": c.n_shared_experts * c.moe_intermediate_size,
+    }
+
+
+def _dense_sizes(c: DenseConfig) -> dict[str, int]:
+    return {
+        "few": c.num_key_value_heads,
+        "head": c.head_dim,
+        "value": c.head_dim,
+        "biased": c.head_dim if c.qkv_bias else 0,
+        "normed": c.head_dim if c.qk_norm else 0,
     }
 
 

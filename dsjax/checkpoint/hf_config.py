@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dsjax.architecture import FAMILIES, Llama3Config, ModelConfig, Section, YarnConfig
 from dsjax.checkpoint.safetensors import parse_json
-from dsjax.config import ModelConfig, YarnConfig
-from dsjax.config_files import parse
+from dsjax.config_files import parse_model
 from dsjax.errors import UserError, one_line
 
 # What the files of a family leave out because its architecture implies it.
@@ -15,6 +15,9 @@ _IMPLIED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "deepseek_v2": {"scoring_func": "softmax"},
     "kimi_k2": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "llama": {},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {},
 }
 
 # A file may lack these. Everything else must be there: our default for a missing key could be
@@ -23,6 +26,7 @@ _OPTIONAL = {
     "num_nextn_predict_layers",
     "initializer_range",
     "embedding_initializer_range",  # ours
+    "tie_word_embeddings",  # transformers writes it only where it is true
     "bos_token_id",
     "eos_token_id",
 }
@@ -33,15 +37,17 @@ _NULL_MEANS: dict[str, Any] = {"n_group": 1, "topk_group": 1, "n_shared_experts"
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
-    "tie_word_embeddings": False,
+    "mlp_bias": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
+    "use_sliding_window": False,
 }
 _FIXED_ROPE: dict[str, Any] = {"attention_factor": None, "truncate": True}
+_EXTENSIONS: dict[str, type[Section]] = {"yarn": YarnConfig, "llama3": Llama3Config}
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model that a folder's `config.json` describes: deepseek_v3, deepseek_v2 or kimi_k2.
+    """The model that a folder's `config.json` describes, of one of the families built here.
 
     Keys that do not change the model are passed over. Rotary settings are understood in all three
     spellings of the transformers library: `rope_scaling.type`, `rope_scaling.rope_type`, and
@@ -56,21 +62,43 @@ def read_config(folder: Path) -> ModelConfig:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
     family = tree.get("model_type")
-    if not isinstance(family, str) or family not in _IMPLIED:
-        raise UserError(f"{file}: model_type={family!r}; expected one of {', '.join(_IMPLIED)}")
-    tree = _IMPLIED[family] | tree | _rotary(tree, file)
-    _require(_FIXED, tree, str(file))
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"{file}: model_type={family!r}; expected one of {', '.join(FAMILIES)}")
+    implied = _IMPLIED[family]
+    tree = implied | tree | _rotary(tree, file)
+    _require(_FIXED | {key: implied[key] for key in implied if key in _FIXED}, tree, str(file))
+    config = parse_model(_known(tree, family, file), source=str(file))
+    if tree.get("tie_word_embeddings", False) != config.tie_word_embeddings:
+        raise UserError(f"{file}: tie_word_embeddings=True is not supported for {family}")
+    return config
+
+
+def _known(tree: dict[str, Any], family: str, file: Path) -> dict[str, Any]:
+    """The keys that make the model, each with a value."""
+    fields = FAMILIES[family].model_fields
     for key, meaning in _NULL_MEANS.items():
         if key in tree and tree[key] is None:
             tree[key] = meaning
-    if missing := [key for key in ModelConfig.model_fields if key not in tree.keys() | _OPTIONAL]:
+    if "head_dim" in fields and tree.get("head_dim") is None:
+        tree["head_dim"] = _head_dim(tree, file)
+    if missing := [key for key in fields if key not in tree.keys() | _OPTIONAL]:
         raise UserError(f"{file}: the key {missing[0]!r} is missing")
-    known = {key: value for key, value in tree.items() if key in ModelConfig.model_fields}
-    return parse(ModelConfig, known, source=str(file))
+    return {key: value for key, value in tree.items() if key in fields}
+
+
+def _head_dim(tree: dict[str, Any], file: Path) -> int:
+    """Where the file leaves it out, heads share the hidden size."""
+    hidden, heads = tree.get("hidden_size"), tree.get("num_attention_heads")
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
+        raise UserError(
+            f"{file}: the key 'head_dim' is missing, and hidden_size={hidden!r} does not divide by "
+            f"num_attention_heads={heads!r}"
+        )
+    return hidden // heads
 
 
 def _rotary(tree: dict[str, Any], file: Path) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` as `ModelConfig` has them, from any of the spellings."""
+    """`rope_theta` and `rope_scaling` as ours have them, from any of the spellings."""
     rope = tree.get("rope_scaling") or tree.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{file}: rotary settings are {rope!r}; expected an object or null")
@@ -80,11 +108,13 @@ def _rotary(tree: dict[str, Any], file: Path) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    if kind != "yarn":
-        raise UserError(f"{file}: rotary settings of type {kind!r}; expected yarn or default")
+    if kind not in _EXTENSIONS:
+        raise UserError(
+            f"{file}: rotary settings of type {kind!r}; expected default, {', '.join(_EXTENSIONS)}"
+        )
     _require(_FIXED_ROPE, rope, f"{file}: rotary settings")
-    yarn = {key: rope[key] for key in YarnConfig.model_fields if key in rope}
-    return {"rope_theta": theta, "rope_scaling": yarn}
+    scaling = {key: rope[key] for key in _EXTENSIONS[kind].model_fields if key in rope}
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _require(fixed: dict[str, Any], tree: dict[str, Any], source: str) -> None:

@@ -22,7 +22,7 @@ from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.safetensors import DTYPES, Entry, read_folder
 from dsjax.errors import UserError
 from dsjax.model.layers import variable_axes, variables
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from sharding.rules import Layout
 
 __all__ = ["load_huggingface", "read_config"]
@@ -36,7 +36,7 @@ CHUNK_BYTES = 1 << 24
 
 def load_huggingface(
     folder: str | Path, dtype: Any = None, layout: Layout | None = None
-) -> DeepSeek:
+) -> Transformer:
     """The model of a folder with `config.json` and safetensors.
 
     A folder whose config promises MTP layers but which holds no tensor of theirs loads without,
@@ -70,7 +70,7 @@ def load_huggingface(
     dtypes = {path: _held_dtype(pieces[path], stored, wanted) for path in pieces if path}
     computed = dtypes["embed.weight"]
     abstract = jax.eval_shape(
-        lambda key: DeepSeek(config, key, param_dtype=computed), jax.random.key(0)
+        lambda key: Transformer(config, key, param_dtype=computed), jax.random.key(0)
     )
     leaves = []
     for path, variable in variables(abstract):

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dsjax.architecture import DeepSeekConfig, ModelConfig
 from dsjax.checkpoint.families import (
     KINDS,
     ROUTED,
@@ -24,7 +25,6 @@ from dsjax.checkpoint.families import (
 )
 from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.safetensors import Entry, read_folder
-from dsjax.config import ModelConfig
 from dsjax.config_files import CONFIGS, find_config, load_model_config, load_run_config, read_yaml
 
 
@@ -97,14 +97,15 @@ def _count(parts: list[Tensor], config: ModelConfig) -> dict[str, Any]:
         else:
             main[part.kind] += part.size
     unique = main.total() + mtp.total()
-    idle = config.n_routed_experts - config.num_experts_per_tok
+    chosen = config.num_experts_per_tok if isinstance(config, DeepSeekConfig) else 0
+    idle = config.n_routed_experts - chosen
     return {
         "main": main.total(),
         "mtp": mtp.total(),
         "unique": unique,
         "file": unique + repeated,
         "trainable": unique - main[ROUTER_BIAS] - mtp[ROUTER_BIAS],
-        "active_per_token": main.total() - main[ROUTED] // config.n_routed_experts * idle,
+        "active_per_token": main.total() - main[ROUTED] // max(config.n_routed_experts, 1) * idle,
         "by_kind": {
             kind: {"main": main[kind], "mtp": mtp[kind]}
             for kind in KINDS

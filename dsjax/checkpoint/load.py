@@ -15,12 +15,12 @@ from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import load_run_config
 from dsjax.errors import UserError
 from dsjax.model.layers import RouterBias, tree_shardings, variables
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from sharding.mesh import make_mesh
 from sharding.rules import Layout
 
 
-def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> DeepSeek:
+def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Transformer:
     """Load a model.
 
     Args:
@@ -42,12 +42,12 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> DeepS
     raise UserError(f"{folder}: {found}; expected a Hugging Face folder or a run directory")
 
 
-def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> DeepSeek:
+def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> Transformer:
     """The newest sound weights of a run; its optimizer is left where it is."""
     config = load_run_config(folder / "config.yaml")
     layout = layout or Layout(make_mesh(devices=jax.devices()[:1]))
     abstract = jax.eval_shape(
-        lambda key: DeepSeek(config.model, key, dtype=config.training.compute_dtype),
+        lambda key: Transformer(config.model, key, dtype=config.training.compute_dtype),
         jax.random.key(0),
     )
     placed = abstract_on(abstract, tree_shardings(abstract, layout))
@@ -55,7 +55,7 @@ def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> DeepSeek:
         restored = store.restore({"model": placed}, part=True)
     if restored is None:
         raise UserError(f"{folder}: the run has no checkpoint yet; let it train longer")
-    model: DeepSeek = restored[1]["model"]
+    model: Transformer = restored[1]["model"]
     if dtype is not None:
         model.dtype = jnp.dtype(dtype)
         for _, variable in variables(model):

@@ -22,7 +22,7 @@ from dsjax.inference.scheduler import Plan, Scheduler, Sequence
 from dsjax.inference.settings import PAGE_SIZE, EngineSettings, EngineStats
 from dsjax.inference.speculation import Speculation
 from dsjax.inference.step import Logprobs, StepOutputs
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 
 class Engine:
@@ -35,7 +35,9 @@ class Engine:
         vocab_size: ids from here on are never sampled; a tokenizer can know fewer than the model.
     """
 
-    def __init__(self, model: DeepSeek, settings: EngineSettings, *, vocab_size: int | None = None):
+    def __init__(
+        self, model: Transformer, settings: EngineSettings, *, vocab_size: int | None = None
+    ):
         config = model.config
         if settings.context > config.max_position_embeddings:
             raise UserError(

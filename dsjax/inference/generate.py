@@ -9,14 +9,14 @@ from dsjax.errors import UserError
 from dsjax.inference.engine import Engine
 from dsjax.inference.request import LARGEST_SEED, Request, SamplingParams
 from dsjax.inference.settings import EngineSettings
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 ROWS = 16
 """Prompts that run at the same time; on a mesh, at most so many for each part of the batch."""
 
 
 def generate(
-    model: DeepSeek,
+    model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,

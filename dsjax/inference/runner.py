@@ -19,7 +19,7 @@ from dsjax.inference.scheduler import Chunk, Plan, Sequence, row_counts
 from dsjax.inference.settings import PAGE_SIZE, READ_AT_ONCE, EngineSettings
 from dsjax.inference.step import StepInputs, StepOutputs, step_for
 from dsjax.model.decoder import make_pages, take_apart
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from sharding.rules import Layout, use_layout
 
 MARKED_AT_ONCE = 512
@@ -35,7 +35,7 @@ class Runner:
     `pages` pages of its own.
     """
 
-    def __init__(self, model: DeepSeek, settings: EngineSettings, vocab_size: int):
+    def __init__(self, model: Transformer, settings: EngineSettings, vocab_size: int):
         self.config = model.config
         self.drafts = settings.drafts if model.mtp is not None else 0
         self._layout = _layout_of(model)
@@ -180,7 +180,7 @@ def _set_progress(state: SamplerState, row: int, made: int, counts: np.ndarray) 
     )
 
 
-def _layout_of(model: DeepSeek) -> Layout | None:
+def _layout_of(model: Transformer) -> Layout | None:
     """The mesh that a model's weights are spread over; None on a single device."""
     sharding = model.embed.weight[...].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None

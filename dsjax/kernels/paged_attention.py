@@ -57,7 +57,7 @@ def places_of(
 
 
 KeysValues = Callable[[Float[Array, "B T W"]], tuple[Array, Array]]
-"""From latents to keys [B, T, H, K] and values [B, T, H, V]; H is 1 where heads share them."""
+"""From latents to keys [B, T, J, K] and values [B, T, J, V]: each serves H / J heads."""
 
 
 def write_pages(
@@ -76,6 +76,7 @@ def paged_attention(
     pages: Float[Array, "G N T W"],
     places: Places,
     keys_values: KeysValues,
+    key_heads: int,
     value_width: int,
     scale: float,
 ) -> Float[Array, "B Q H V"]:
@@ -83,9 +84,13 @@ def paged_attention(
 
     Latents are read `KEYS_AT_ONCE` at a time, as far as the longest row reaches, and the softmax is
     put together as they come, in float32: the work follows the context in use, and no program
-    depends on its length.
+    depends on its length. Heads that share a key are to it as many more queries.
+
+    `keys_values` makes `key_heads` keys and as many values, `value_width` wide, of a latent.
     """
-    batch, queries, heads, _ = q.shape
+    queries, heads = q.shape[1:3]
+    q = _side_by_side(q, key_heads)
+    positions = jnp.tile(places.positions, (1, heads // key_heads))
     pages_at_once = min(max(1, KEYS_AT_ONCE // pages.shape[2]), places.table.shape[1])
     keys_at_once = pages_at_once * pages.shape[2]
     padding = -places.table.shape[1] % pages_at_once
@@ -95,21 +100,21 @@ def paged_attention(
         maximum, total, out = carry
         ids = lax.dynamic_slice_in_dim(table, index * pages_at_once, pages_at_once, 1)
         k, v = keys_values(_read(pages, ids).astype(q.dtype))
-        scores = _per_head("bqhk,bthk->bhqt", "bqhk,btk->bhqt", q, k) * scale
+        scores = _product("bjqk,btjk->bjqt", q, k) * scale
         reach = index * keys_at_once + jnp.arange(keys_at_once)
-        allowed = reach[None, None] <= places.positions[:, :, None]
+        allowed = reach[None, None] <= positions[:, :, None]
         scores = jnp.where(allowed[:, None], scores, MASKED)
         higher = jnp.maximum(maximum, scores.max(-1))
         weights = jnp.exp(scores - higher[..., None])
         shrink = jnp.exp(maximum - higher)
-        added = _per_head("bhqt,bthv->bhqv", "bhqt,btv->bhqv", weights.astype(v.dtype), v)
+        added = _product("bjqt,btjv->bjqv", weights.astype(v.dtype), v)
         return higher, total * shrink + weights.sum(-1), out * shrink[..., None] + added
 
-    empty = jnp.zeros((batch, heads, queries))
-    start = empty + MASKED, empty, jnp.zeros((batch, heads, queries, value_width))
+    empty = jnp.zeros(q.shape[:3])
+    start = empty + MASKED, empty, jnp.zeros((*empty.shape, value_width))
     turns = places.positions.max() // keys_at_once + 1
     _, total, out = lax.fori_loop(0, turns, turn, start)
-    return (out / total[..., None]).astype(q.dtype).swapaxes(1, 2)
+    return _token_by_token((out / total[..., None]).astype(q.dtype), queries)
 
 
 def paged_attention_reference(
@@ -121,10 +126,25 @@ def paged_attention_reference(
 ) -> Float[Array, "B Q H V"]:
     """The meaning of `paged_attention`: each row's latents in order, one softmax over all."""
     k, v = keys_values(latents)
-    scores = _per_head("bqhk,bthk->bhqt", "bqhk,btk->bhqt", q, k) * scale
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = _product("bqhk,bthk->bhqt", q, k) * scale
     allowed = jnp.arange(latents.shape[1])[None, None] <= positions[:, :, None]
     weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, MASKED), axis=-1)
-    return _per_head("bhqt,bthv->bhqv", "bhqt,btv->bhqv", weights, v).swapaxes(1, 2)
+    return _product("bhqt,bthv->bqhv", weights, v)
+
+
+def _side_by_side(q: Float[Array, "B Q H K"], key_heads: int) -> Float[Array, "B J R K"]:
+    """Queries of each key head, R = H / J x Q of them: head after head, place after place."""
+    batch, queries, heads, width = q.shape
+    apart = q.reshape(batch, queries, key_heads, heads // key_heads, width)
+    return apart.transpose(0, 2, 3, 1, 4).reshape(batch, key_heads, -1, width)
+
+
+def _token_by_token(out: Float[Array, "B J R V"], queries: int) -> Float[Array, "B Q H V"]:
+    """All heads of each query again."""
+    batch, key_heads, _, width = out.shape
+    apart = out.reshape(batch, key_heads, -1, queries, width)
+    return apart.transpose(0, 3, 1, 2, 4).reshape(batch, queries, -1, width)
 
 
 def _read(pages: Array, ids: Array) -> Array:
@@ -135,8 +155,5 @@ def _read(pages: Array, ids: Array) -> Array:
     return found.reshape(-1, ids.shape[2] * pages.shape[2], width)
 
 
-def _per_head(apart: str, shared: str, a: Array, b: Array) -> Array:
-    """A product with keys or values of each head, or with those that all heads share."""
-    if b.ndim == 4 and b.shape[2] == 1:
-        return jnp.einsum(shared, a, b[:, :, 0], preferred_element_type=jnp.float32)
-    return jnp.einsum(apart, a, b, preferred_element_type=jnp.float32)
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

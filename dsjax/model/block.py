@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import DeepSeekConfig, ModelConfig
 from dsjax.kernels.paged_attention import Places
+from dsjax.model.gqa import GQA
 from dsjax.model.layers import MLP, RMSNorm
-from dsjax.model.mla import MLA, RotaryTable
+from dsjax.model.mla import MLA
 from dsjax.model.moe import MoE, Routing
+from dsjax.model.rope import RotaryTable
 from sharding.rules import constrain
 
 
@@ -22,9 +24,13 @@ class Block(nnx.Module):
         attn, ffn = jax.random.split(key)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.attn_norm = RMSNorm(size, eps=eps, dtype=dtype)
-        self.attn = MLA(config, attn, dtype)
+        if isinstance(config, DeepSeekConfig):
+            self.attn: MLA | GQA = MLA(config, attn, dtype)
+        else:
+            self.attn = GQA(config, attn, dtype)
         self.ffn_norm = RMSNorm(size, eps=eps, dtype=dtype)
         if moe:
+            assert isinstance(config, DeepSeekConfig)  # the dense families have no such layer
             self.ffn: MoE | MLP = MoE(config, ffn, dtype)
         else:
             std = config.initializer_range

@@ -16,19 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import ModelConfig
 from dsjax.kernels.paged_attention import Places
 from dsjax.model.block import Block
-from dsjax.model.layers import Embedding, Linear, RMSNorm, use
+from dsjax.model.layers import Embedding, Linear, RMSNorm
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts
 from dsjax.model.mtp import MTPModule
 from dsjax.model.rope import rotary_table
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from sharding.rules import constrain
 
 Pages = tuple[Float[Array, "G N T W"], ...]
-"""The latent cache: one array of pages for each layer, and a last one for MTP's."""
+"""The cache: one array of pages for each layer, and a last one for MTP's."""
 
 
 @partial(
@@ -38,12 +38,12 @@ Pages = tuple[Float[Array, "G N T W"], ...]
 )
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """DeepSeek, ready to extend sequences over pages. Made by `take_apart`."""
+    """The model, ready to extend sequences over pages. Made by `take_apart`."""
 
     embed: Embedding
     layers: tuple[Block, ...]
     norm: RMSNorm
-    head: Linear
+    head: Float[Array, "D V"]
     mtp: MTPModule | None
     """The first MTP module; deeper ones are not used."""
     config: ModelConfig
@@ -79,8 +79,7 @@ class Decoder:
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """float32 scores of every token of the vocabulary."""
-        weight = use(self.head.weight, hidden.dtype)
-        logits = jnp.einsum("bd,dv->bv", hidden, weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bd,dv->bv", hidden, self.head, preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "vocab")
 
     def _embed(self, tokens: Array) -> Array:
@@ -88,7 +87,7 @@ class Decoder:
 
 
 @jax.jit
-def take_apart(model: DeepSeek) -> Decoder:
+def take_apart(model: Transformer) -> Decoder:
     """A decoder with copies of a model's weights.
 
     Matrices are in the dtype that the model computes in, so that no step casts them; norms and
@@ -104,8 +103,9 @@ def take_apart(model: DeepSeek) -> Decoder:
         for i in range(count)
     ]
     mtp = jax.tree.map(lambda a: a[0], model.mtp)
-    embed, head = jax.tree.map(lambda a: a, (model.embed, model.head))
-    for module in (embed, *layers, head, mtp):
+    embed = jax.tree.map(lambda a: a, model.embed)
+    head = model.head_weight(model.dtype).T
+    for module in (embed, *layers, mtp):
         _prepare(module, model.dtype)
     return Decoder(embed, tuple(layers), model.norm, head, mtp, config, model.dtype)
 
@@ -138,4 +138,4 @@ def make_pages(
 
 def cache_shape(config: ModelConfig, *, mtp: bool) -> tuple[int, int]:
     """Layers that remember, MTP's among them if it is used, and numbers a token in each."""
-    return config.num_hidden_layers + mtp, config.kv_lora_rank + config.qk_rope_head_dim
+    return config.num_hidden_layers + mtp, config.cache_width

@@ -83,7 +83,7 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 class Linear(nnx.Module):
-    """y = W x, without bias. Inputs and outputs may span several dimensions, such as heads."""
+    """y = W x, or W x + b. Inputs and outputs may span several dimensions, such as heads."""
 
     def __init__(
         self,
@@ -93,20 +93,28 @@ class Linear(nnx.Module):
         *,
         std: float,
         dtype: jnp.dtype,
+        bias: bool = False,
     ):
         """`out` and `into` map logical axis names to sizes: the weight is [*out, *into]."""
         shape = (*out.values(), *into.values())
         self.weight = parameter(key, shape, (*out, *into), std, dtype)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(tuple(out.values()), dtype), axes=tuple(out))
         self.contracted = len(into)
+        self.has_bias = bias
         self.inputs_first = False
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Contract the last dimensions of x with the weight's inputs."""
+        """Contract the last dimensions of x with the weight's inputs, and add the bias."""
         weight = use(self.weight, x.dtype)
         n = self.contracted
         mine = tuple(range(x.ndim - n, x.ndim))
         first = 0 if self.inputs_first else weight.ndim - n
-        return jax.lax.dot_general(x, weight, ((mine, tuple(range(first, first + n))), ((), ())))
+        y = jax.lax.dot_general(x, weight, ((mine, tuple(range(first, first + n))), ((), ())))
+        if not self.has_bias:
+            return y
+        bias = use(self.bias, x.dtype)
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
     def put_inputs_first(self) -> None:
         """Turn the weight to [*into, *out], which few rows at a time are multiplied faster by."""

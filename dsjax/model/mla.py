@@ -19,17 +19,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.attention import causal_attention
 from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
 from dsjax.model.layers import Linear, RMSNorm, use
-from dsjax.model.rope import rotate, softmax_scale
+from dsjax.model.rope import RotaryTable, rotate_pairs, softmax_scale
 from sharding.rules import constrain
 
 LATENT_NORM_EPS = 1e-6
 """The two latent norms use this whatever `rms_norm_eps` says (Moonlight's is 1e-5)."""
-
-RotaryTable = tuple[Float[Array, "B S P"], Float[Array, "B S P"]]
 
 
 class MLA(nnx.Module):
@@ -44,7 +42,7 @@ class MLA(nnx.Module):
     Differs from the paper: nothing; the scale carries YaRN's m squared, as in the released code.
     """
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+    def __init__(self, config: DeepSeekConfig, key: Array, dtype: jnp.dtype):
         c = config
         keys = jax.random.split(key, 5)
         std = c.initializer_range
@@ -110,14 +108,16 @@ class MLA(nnx.Module):
                 k_nope = jnp.einsum("btr,hnr->bthn", c_kv, w_k)
                 return _with_shared(k_nope, k_rope), jnp.einsum("btr,hvr->bthv", c_kv, w_v)
 
-            heads = paged_attention(q, pages, places, expand, c.v_head_dim, scale)
+            heads = paged_attention(
+                q, pages, places, expand, c.num_attention_heads, c.v_head_dim, scale
+            )
         else:
             q = jnp.concatenate([jnp.einsum("bqhn,hnr->bqhr", q_nope, w_k), q_rope], axis=-1)
 
             def share(latent: Array) -> tuple[Array, Array]:
                 return latent[:, :, None], latent[:, :, None, : c.kv_lora_rank]
 
-            mixed = paged_attention(q, pages, places, share, c.kv_lora_rank, scale)
+            mixed = paged_attention(q, pages, places, share, 1, c.kv_lora_rank, scale)
             heads = jnp.einsum("bqhr,hvr->bqhv", mixed, w_v)
         return self.out(heads), pages
 
@@ -137,12 +137,12 @@ class MLA(nnx.Module):
             q = self.q_b(self.q_a_norm(self.q_a(x)))
         q = constrain(q, "batch", "sequence", "heads", None)
         q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
-        return q_nope, rotate(q_rope, table)
+        return q_nope, rotate_pairs(q_rope, table)
 
     def _latent(self, x: Array, table: RotaryTable) -> tuple[Array, Array]:
         """What attention remembers of tokens: c_kv after its norm, k_rope after its rotation."""
         c_kv, k_rope = jnp.split(self.kv_a(x), [self.config.kv_lora_rank], axis=-1)
-        return self.kv_a_norm(c_kv), rotate(k_rope, table)
+        return self.kv_a_norm(c_kv), rotate_pairs(k_rope, table)
 
 
 def _with_shared(k_nope: Array, k_rope: Array) -> Array:
@@ -152,7 +152,7 @@ def _with_shared(k_nope: Array, k_rope: Array) -> Array:
     return jnp.concatenate([k_nope, k_rope], axis=-1)
 
 
-def _queries_worth_expanding(config: ModelConfig) -> int:
+def _queries_worth_expanding(config: DeepSeekConfig) -> int:
     """From how many queries on making keys and values costs less than queries in latent space.
 
     A key and its value take R (nope + v) products a head, once; each query then saves

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.experts import routed_experts
 from dsjax.kernels.experts_inference import apply_experts
 from dsjax.kernels.swiglu import SwiGLU
@@ -41,7 +41,7 @@ class ExpertStats(NamedTuple):
 
 
 def choose_experts(
-    scores: Float[Array, "T E"], bias: Float[Array, "E"] | None, config: ModelConfig
+    scores: Float[Array, "T E"], bias: Float[Array, "E"] | None, config: DeepSeekConfig
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
     """Choose each token's experts by group-limited top-k; return them and their gates.
 
@@ -75,7 +75,7 @@ def choose_experts(
 class Router(nnx.Module):
     """Affinity of every token to every expert, and the choice made from it."""
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+    def __init__(self, config: DeepSeekConfig, key: Array, dtype: jnp.dtype):
         shape = (config.n_routed_experts, config.hidden_size)
         axes = ("router", "embed")
         self.weight = parameter(key, shape, axes, config.initializer_range, dtype)
@@ -104,7 +104,7 @@ class Router(nnx.Module):
 class Experts(nnx.Module):
     """The routed experts' SwiGLU matrices, stacked: gate, up [E, F, D] and down [E, D, F]."""
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+    def __init__(self, config: DeepSeekConfig, key: Array, dtype: jnp.dtype):
         experts, width, embed = (
             config.n_routed_experts,
             config.moe_intermediate_size,
@@ -137,7 +137,7 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """y = sum_k g_k expert_k(x) + shared(x)."""
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+    def __init__(self, config: DeepSeekConfig, key: Array, dtype: jnp.dtype):
         router, experts, shared = jax.random.split(key, 3)
         self.router = Router(config, router, dtype)
         self.experts = Experts(config, experts, dtype)
@@ -157,7 +157,7 @@ class MoE(nnx.Module):
         return (y + self.shared(x) if self.config.n_shared_experts else y), routing
 
 
-def expert_stats(routing: Routing, valid: Bool[Array, "B S"], config: ModelConfig) -> ExpertStats:
+def expert_stats(routing: Routing, valid: Bool[Array, "B S"]) -> ExpertStats:
     """Loads and the sequence-wise balance loss, over valid (not padding) tokens only.
 
     DeepSeek-V3 section 2.1.2, equations 17 to 20, for one sequence of T tokens:
@@ -169,7 +169,7 @@ def expert_stats(routing: Routing, valid: Bool[Array, "B S"], config: ModelConfi
     Differs from the paper: nothing. f counts the unbiased scores' top K, as equation 18 says, not
     the choice that the bias and the groups made.
     """
-    experts, choices = config.n_routed_experts, config.num_experts_per_tok
+    experts, choices = routing.scores.shape[1], routing.experts.shape[1]
     weight = valid.reshape(-1).astype(jnp.float32)
     load = jnp.zeros(experts).at[routing.experts].add(weight[:, None])
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import DeepSeekConfig, ModelConfig
 from dsjax.kernels.paged_attention import Places
 from dsjax.model.block import Block
 from dsjax.model.layers import Linear, RMSNorm
-from dsjax.model.mla import RotaryTable
 from dsjax.model.moe import Routing
+from dsjax.model.rope import RotaryTable
 from sharding.rules import constrain
 
 
@@ -33,7 +33,7 @@ class MTPModule(nnx.Module):
     released layer is served.
     """
 
-    def __init__(self, config: ModelConfig, key: Array, dtype: jnp.dtype):
+    def __init__(self, config: DeepSeekConfig, key: Array, dtype: jnp.dtype):
         proj, block = jax.random.split(key)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(size, eps=eps, dtype=dtype)
@@ -87,7 +87,7 @@ class Ahead(NamedTuple):
 
 def make_mtp(config: ModelConfig, key: Array, dtype: jnp.dtype) -> MTPModule | None:
     """All depths as one module whose arrays have a leading axis; None for no depth."""
-    if config.num_nextn_predict_layers == 0:
+    if not isinstance(config, DeepSeekConfig) or config.num_nextn_predict_layers == 0:
         return None
 
     def one(key: Array) -> MTPModule:

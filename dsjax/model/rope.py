@@ -1,7 +1,8 @@
-"""Rotary position embedding with YaRN, as DeepSeek applies it to the decoupled part of MLA.
+"""Rotary position embedding with its extensions: YaRN, and Llama 3.1's.
 
 RoPE: arXiv:2104.09864. YaRN: arXiv:2309.00071. DeepSeek-V3 (arXiv:2412.19437) section 4.3 extends
-the context with it: only the rotary halves of queries and keys are concerned.
+the context with it: only the rotary halves of queries and keys are concerned. Llama 3.1's is told
+in the code that came with it: arXiv:2407.21783 names only its base.
 """
 
 from __future__ import annotations
@@ -12,25 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ModelConfig, YarnConfig
+from dsjax.architecture import Llama3Config, ModelConfig, YarnConfig
+
+RotaryTable = tuple[Float[Array, "B S P"], Float[Array, "B S P"]]
+"""cos and sin of every position's angles, one for each of the P pairs that turn."""
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angle per position of each rotary pair, float32 [qk_rope_head_dim / 2].
+    """Angle per position of each rotary pair, float32 [rotary_dim / 2].
 
-        f_i = theta^(-2i/d);   with YaRN   f_i' = f_i / factor * ramp_i + f_i * (1 - ramp_i)
+        f_i = theta^(-2i/d);   extended   f_i' = f_i / factor * ramp_i + f_i * (1 - ramp_i)
 
     Differs from DeepSeek's code: YaRN applies whenever it is configured, not only to sequences
     beyond the original length (so does transformers).
     """
-    dim = config.qk_rope_head_dim
+    dim, scaling = config.rotary_dim, config.rope_scaling
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequencies = (np.float32(1.0) / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    yarn = config.rope_scaling
-    if yarn is None:
+    if scaling is None:
         return frequencies
-    ramp = _yarn_ramp(dim, config.rope_theta, yarn)
-    return frequencies / np.float32(yarn.factor) * ramp + frequencies * (1 - ramp)
+    if isinstance(scaling, YarnConfig):
+        ramp = _yarn_ramp(dim, config.rope_theta, scaling)
+    else:
+        ramp = _llama3_ramp(frequencies, scaling)
+    return frequencies / np.float32(scaling.factor) * ramp + frequencies * (1 - ramp)
 
 
 def _yarn_ramp(dim: int, theta: float, yarn: YarnConfig) -> np.ndarray:
@@ -47,44 +53,59 @@ def _yarn_ramp(dim: int, theta: float, yarn: YarnConfig) -> np.ndarray:
     return np.clip((pairs - low) / width, 0, 1).astype(np.float32)
 
 
+def _llama3_ramp(frequencies: np.ndarray, scaling: Llama3Config) -> np.ndarray:
+    """The same, linear in how often a pair turns over the original length."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    width = scaling.high_freq_factor - scaling.low_freq_factor
+    return np.clip((scaling.high_freq_factor - turns) / width, 0, 1).astype(np.float32)
+
+
 def yarn_mscale(factor: float, mscale: float) -> float:
     """0.1 * mscale * ln(factor) + 1: how much attention sharpens with the extension."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rotary_amplitude(yarn: YarnConfig | None) -> float:
-    """Factor on cos and sin: 1 where both mscales agree, as in every released model."""
-    if yarn is None:
+def rotary_amplitude(config: ModelConfig) -> float:
+    """Factor on cos and sin: 1 where both mscales agree, as in every released DeepSeek."""
+    yarn = config.rope_scaling
+    if not isinstance(yarn, YarnConfig):
         return 1.0
     return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """(nope + rope)^-0.5, times m squared under YaRN (m from mscale_all_dim)."""
-    scale = config.qk_head_dim**-0.5
-    if config.rope_scaling is not None:
-        yarn = config.rope_scaling
+    """(width of a head)^-0.5, times m squared under YaRN (m from mscale_all_dim)."""
+    scale, yarn = config.qk_head_dim**-0.5, config.rope_scaling
+    if isinstance(yarn, YarnConfig):
         scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
     return scale
 
 
-def rotary_table(
-    config: ModelConfig, positions: Int[Array, "B S"]
-) -> tuple[Float[Array, "B S R"], Float[Array, "B S R"]]:
-    """cos and sin of every position's angles, float32, R = qk_rope_head_dim / 2."""
+def rotary_table(config: ModelConfig, positions: Int[Array, "B S"]) -> RotaryTable:
+    """cos and sin at these positions, float32."""
     frequencies = jnp.asarray(rotary_frequencies(config))
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-    amplitude = rotary_amplitude(config.rope_scaling)
+    amplitude = rotary_amplitude(config)
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
-def rotate(x: Array, table: tuple[Array, Array]) -> Array:
-    """Turn the pairs (x_2i, x_2i+1) of the last dimension; x is [B, S, R] or [B, S, H, R].
+def rotate_pairs(x: Array, table: RotaryTable) -> Array:
+    """Turn the neighbours (x_2i, x_2i+1) of the last dimension; x is [B, S, R] or [B, S, H, R].
 
     The result has all first members, then all second ones. Queries and keys are reordered alike,
-    so their products are those of the released models.
+    so their products are those of the released DeepSeek models.
     """
-    cos, sin = (t if x.ndim == 3 else t[:, :, None] for t in table)
-    first, second = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return _turn(x[..., 0::2], x[..., 1::2], table)
+
+
+def rotate_halves(x: Array, table: RotaryTable) -> Array:
+    """Turn (x_i, x_i+R/2): Llama's and Qwen's released weights pair the halves of a head."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return _turn(first, second, table)
+
+
+def _turn(first: Array, second: Array, table: RotaryTable) -> Array:
+    cos, sin = (t if first.ndim == 3 else t[:, :, None] for t in table)
+    x, y = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = [x * cos - y * sin, y * cos + x * sin]
+    return jnp.concatenate(turned, axis=-1).astype(first.dtype)

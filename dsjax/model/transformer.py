@@ -1,4 +1,4 @@
-"""DeepSeek: embedding, dense layers, expert layers, norm, head, and the MTP modules.
+"""The model: embedding, dense layers, expert layers, norm, head, and the MTP modules.
 
 Forward is pure. Layers of one kind are stacked and scanned, so compile time does not grow with
 depth. Expert loads are results, never hidden state. `decoder.py` is the same model over a cache.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import ModelConfig
 from dsjax.model.block import Block, make_stack
 from dsjax.model.layers import Embedding, Linear, RMSNorm, use
 from dsjax.model.moe import ExpertStats, expert_stats
@@ -37,7 +37,7 @@ Remat = Literal["keep_all", "keep_matmuls", "keep_layer_inputs"]
 class Output:
     """What a forward pass gives; logits are made only when asked for."""
 
-    model: DeepSeek
+    model: Transformer
     tokens: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"] | None
@@ -59,8 +59,8 @@ class Output:
         return tuple(self.model.logits(hidden) for hidden in self.model.look_ahead(self).hidden)
 
 
-class DeepSeek(nnx.Module):
-    """DeepSeek-V3, and by configuration V2, Moonlight and Kimi-K2.
+class Transformer(nnx.Module):
+    """DeepSeek-V3, and by configuration V2, Moonlight, Kimi-K2, and the dense families.
 
     `dense_layers` (the first `first_k_dense_replace`), `moe_layers` and `mtp` are stacks: every
     array in them has a leading axis. A stack without layers is None.
@@ -89,9 +89,9 @@ class DeepSeek(nnx.Module):
         self.dense_layers = make_stack(c, keys[1], stored, c.first_k_dense_replace, moe=False)
         self.moe_layers = make_stack(c, keys[2], stored, c.num_moe_layers, moe=True)
         self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=stored)
-        self.head = Linear(
-            keys[3], {"vocab": c.vocab_size}, {"embed": c.hidden_size}, std=std, dtype=stored
-        )
+        vocab, embed = {"vocab": c.vocab_size}, {"embed": c.hidden_size}
+        tied = c.tie_word_embeddings
+        self.head = None if tied else Linear(keys[3], vocab, embed, std=std, dtype=stored)
         self.mtp = make_mtp(c, keys[4], stored)
         self.config = c
         self.dtype = stored if dtype is None else jnp.dtype(dtype)
@@ -120,7 +120,7 @@ class DeepSeek(nnx.Module):
 
         def layer(x: Array, block: Block) -> tuple[Array, ExpertStats | None]:
             x, routing = block(x, table, segment_ids)
-            stats = None if routing is None else expert_stats(routing, valid, self.config)
+            stats = None if routing is None else expert_stats(routing, valid)
             return x, stats
 
         layer = rematerialize(layer, remat)
@@ -143,7 +143,7 @@ class DeepSeek(nnx.Module):
             embedded = self._embed(shift(out.tokens, by))
             hidden, routing = module(embedded, hidden, table, segments)
             # The last place with a target sees token i + by and predicts the one after it.
-            stats = expert_stats(routing, reaches(ids, by), config)
+            stats = expert_stats(routing, reaches(ids, by))
             return hidden, module.norm(hidden), stats
 
         hidden, normed, stats = out.hidden, [], []
@@ -159,9 +159,13 @@ class DeepSeek(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """float32 scores of every token of the vocabulary."""
-        weight = use(self.head.weight, hidden.dtype)
+        weight = self.head_weight(hidden.dtype)
         logits = jnp.einsum("bsd,vd->bsv", hidden, weight, preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "sequence", "vocab")
+
+    def head_weight(self, dtype: Any) -> Float[Array, "V D"]:
+        """The matrix that makes logits: the head's, or the embedding's where the two are tied."""
+        return use((self.embed if self.head is None else self.head).weight, dtype)
 
     def _embed(self, tokens: Array) -> Array:
         return constrain(self.embed(tokens, self.dtype), "batch", "sequence", "residual")

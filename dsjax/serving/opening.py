@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from rich.filesize import decimal
 
+from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.load import load
-from dsjax.config import ModelConfig
 from dsjax.config_files import load_run_config
 from dsjax.errors import UserError
 from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
 from dsjax.model.decoder import cache_shape
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from dsjax.serving.options import ModelOptions
 from dsjax.serving.protocol import Served, load_served
 from sharding.mesh import make_mesh
@@ -95,7 +95,7 @@ def _cache_tokens(memory: int | None, size: int, settings: EngineSettings, group
     return memory // size
 
 
-def _describe(model: DeepSeek, settings: EngineSettings, size: int) -> str:
+def _describe(model: Transformer, settings: EngineSettings, size: int) -> str:
     """What there is now, in one line."""
     weights = jax.tree.leaves(model)
     count = sum(array.size for array in weights)

@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.data.held_out import HeldOutRows
-from dsjax.model.layers import use
 from dsjax.model.mtp import reaches, shift
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from dsjax.training.loss import token_scores
 from dsjax.training.step import max_violation
 
@@ -46,7 +45,7 @@ class Evaluation(NamedTuple):
 
 
 def score_rows(
-    model: DeepSeek,
+    model: Transformer,
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
     scored: Bool[Array, "B S"],
@@ -56,7 +55,7 @@ def score_rows(
     """Score some rows. A draft is accepted where MTP at i and the main model at i + 1 agree."""
     out = model(tokens, segment_ids=segment_ids)
     ahead = model.look_ahead(out)
-    head = use(model.head.weight, out.hidden.dtype)
+    head = model.head_weight(out.hidden.dtype)
     nll, best = token_scores(out.hidden, head, shift(tokens, 1), chunk)
     accepted = drafted = jnp.zeros((), jnp.int32)
     if ahead.hidden:

@@ -21,9 +21,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import RunConfig
-from dsjax.model.layers import RouterBias, use
+from dsjax.model.layers import RouterBias
 from dsjax.model.mtp import reaches, shift
-from dsjax.model.transformer import DeepSeek, Remat
+from dsjax.model.transformer import Remat, Transformer
 from dsjax.training.loss import cross_entropy
 from dsjax.training.optimizer import make_optimizer
 
@@ -31,7 +31,7 @@ from dsjax.training.optimizer import make_optimizer
 class TrainState(NamedTuple):
     """Everything a step reads and writes. Tokens seen are counted by the host (past 2^31)."""
 
-    model: DeepSeek
+    model: Transformer
     moments: Any
     step: Int[Array, ""]
     key: Array
@@ -85,7 +85,7 @@ def max_violation(load: Float[Array, "L E"]) -> Float[Array, "L"]:
 
 
 def batch_loss(
-    model: DeepSeek,
+    model: Transformer,
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
     counts: Int[Array, "K1"],
@@ -104,7 +104,7 @@ def batch_loss(
     """
     out = model(tokens, segment_ids=segment_ids, remat=remat)
     ahead = model.look_ahead(out, remat=remat)
-    head = use(model.head.weight, out.hidden.dtype)
+    head = model.head_weight(out.hidden.dtype)
     losses = []
     for by, hidden in enumerate((out.hidden, *ahead.hidden), start=1):
         weights = reaches(segment_ids, by) / jnp.maximum(counts[by - 1], 1)
@@ -210,7 +210,7 @@ def update_biases(biases: nnx.State, load: Float[Array, "L E"], rate: Array) -> 
 def init_state(config: RunConfig) -> TrainState:
     """Fresh parameters from the run's seed; trace it, or jit it with output shardings."""
     root = jax.random.key(config.seed)
-    model = DeepSeek(
+    model = Transformer(
         config.model,
         jax.random.fold_in(root, 0),
         dtype=config.training.compute_dtype,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dsjax.architecture import DeepSeekConfig
 from dsjax.checkpoint.families import ROUTER_BIAS, tensors
-from dsjax.config import ModelConfig
 
 Weights = dict[str, np.ndarray]
 
@@ -59,7 +59,7 @@ CONFIG_JSON = {
     "torch_dtype": "bfloat16",
 }
 
-CONFIG = ModelConfig(
+CONFIG = DeepSeekConfig(
     vocab_size=48,
     hidden_size=16,
     num_hidden_layers=3,
@@ -99,11 +99,11 @@ def config_json() -> dict:
 
 
 @pytest.fixture
-def config() -> ModelConfig:
+def config() -> DeepSeekConfig:
     return CONFIG
 
 
-def make_weights(config: ModelConfig, dtype: np.dtype) -> Weights:
+def make_weights(config: DeepSeekConfig, dtype: np.dtype) -> Weights:
     """Random weights under released names; repeats repeat, and router biases are float32."""
     rng = np.random.default_rng(0)
     weights: Weights = {}
@@ -117,12 +117,12 @@ def make_weights(config: ModelConfig, dtype: np.dtype) -> Weights:
 
 
 @pytest.fixture
-def weights(config: ModelConfig) -> Weights:
+def weights(config: DeepSeekConfig) -> Weights:
     return make_weights(config, np.dtype(np.float32))
 
 
 @pytest.fixture
-def weights_bfloat16(config: ModelConfig) -> Weights:
+def weights_bfloat16(config: DeepSeekConfig) -> Weights:
     return make_weights(config, np.dtype(ml_dtypes.bfloat16))
 
 

@@ -3,13 +3,13 @@ from pathlib import Path
 import jax
 import pytest
 
+from dsjax.architecture import DeepSeekConfig
 from dsjax.checkpoint.families import match, tensors, without_absent_mtp
 from dsjax.checkpoint.safetensors import Entry
-from dsjax.config import ModelConfig
 from dsjax.config_files import load_model_config
 from dsjax.errors import UserError
 from dsjax.model.layers import variables
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 FOLDER = Path("model")
 
@@ -55,7 +55,7 @@ def entries(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> dict[str
     return {name: Entry(FOLDER / "x", dtype, shape, 0) for name, shape in shapes.items()}
 
 
-def complete(config: ModelConfig) -> dict[str, Entry]:
+def complete(config: DeepSeekConfig) -> dict[str, Entry]:
     return entries({tensor.name: tensor.shape for tensor in tensors(config)})
 
 
@@ -81,7 +81,7 @@ def test_the_released_files_quantize_what_the_table_says(released: dict) -> None
 @pytest.mark.parametrize("name", SMALL + LARGE)
 def test_the_table_and_the_model_have_the_same_parameters(name: str) -> None:
     config = load_model_config(name)
-    model = jax.eval_shape(lambda key: DeepSeek(config, key), jax.random.key(0))
+    model = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
     stacks: dict[str, set[tuple[int, ...]]] = {}
     inner: dict[str, tuple[int, ...]] = {}
     for tensor in tensors(config):
@@ -111,7 +111,7 @@ def test_main_models_have_the_published_parameter_counts(name: str, numbers: int
     assert sum(tensor.size for tensor in tensors(config)) == numbers
 
 
-def test_each_released_name_goes_to_its_own_parameter(config: ModelConfig) -> None:
+def test_each_released_name_goes_to_its_own_parameter(config: DeepSeekConfig) -> None:
     expected = {}
     for path, name in PLACES.items():
         expected[name.format(mtp=3)] = (path, (0,) if path.startswith("mtp.") else ())
@@ -134,14 +134,14 @@ def test_each_released_name_goes_to_its_own_parameter(config: ModelConfig) -> No
     }
 
 
-def test_a_second_mtp_depth_is_the_next_layer_of_the_file(config: ModelConfig) -> None:
+def test_a_second_mtp_depth_is_the_next_layer_of_the_file(config: DeepSeekConfig) -> None:
     deeper = config.model_copy(update={"num_nextn_predict_layers": 2})
     places = {t.name: (t.path, t.index) for t in tensors(deeper)}
     assert places["model.layers.4.enorm.weight"] == ("mtp.enorm.weight", (1,))
 
 
 def test_all_missing_unknown_and_misshaped_tensors_are_reported_at_once(
-    config: ModelConfig,
+    config: DeepSeekConfig,
 ) -> None:
     stored = complete(config)
     del stored["model.norm.weight"]
@@ -159,7 +159,7 @@ def test_all_missing_unknown_and_misshaped_tensors_are_reported_at_once(
     assert "1 misshaped (lm_head.weight is [16, 48], expected [48, 16])" in message
 
 
-def test_fp8_weights_need_their_scales_and_others_have_none(config: ModelConfig) -> None:
+def test_fp8_weights_need_their_scales_and_others_have_none(config: DeepSeekConfig) -> None:
     name = "model.layers.1.self_attn.o_proj.weight"
     shape = next(tensor.shape for tensor in tensors(config) if tensor.name == name)
     fp8 = complete(config) | entries({name: shape}, "F8_E4M3")
@@ -171,7 +171,7 @@ def test_fp8_weights_need_their_scales_and_others_have_none(config: ModelConfig)
         match(config, complete(config) | scale, FOLDER)
 
 
-def test_only_a_folder_without_any_mtp_tensor_goes_without_mtp(config: ModelConfig) -> None:
+def test_only_a_folder_without_any_mtp_tensor_goes_without_mtp(config: DeepSeekConfig) -> None:
     whole = complete(config)
     ahead = [name for name in whole if name.startswith("model.layers.3.")]
     none = {name: entry for name, entry in whole.items() if name not in ahead}

@@ -7,12 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dsjax.architecture import DeepSeekConfig
 from dsjax.checkpoint.families import Tensor, tensors
 from dsjax.checkpoint.huggingface import load_huggingface
-from dsjax.config import ModelConfig
 from dsjax.errors import UserError
 from dsjax.model.layers import RouterBias, variable_axes, variables
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from sharding.mesh import make_mesh
 from sharding.rules import Layout
 
@@ -20,15 +20,15 @@ Weights = dict[str, np.ndarray]
 Write = Callable[..., Path]
 
 
-def held(model: DeepSeek) -> dict[str, np.ndarray]:
+def held(model: Transformer) -> dict[str, np.ndarray]:
     return {path: np.asarray(variable[...]) for path, variable in variables(model)}
 
 
-def own(config: ModelConfig) -> list[Tensor]:
+def own(config: DeepSeekConfig) -> list[Tensor]:
     return [tensor for tensor in tensors(config) if not tensor.repeats]
 
 
-def assert_holds(model: DeepSeek, weights: Weights, config: ModelConfig) -> None:
+def assert_holds(model: Transformer, weights: Weights, config: DeepSeekConfig) -> None:
     """Every number of the files, bit by bit, in its place, and nothing else."""
     arrays = held(model)
     for tensor in own(config):
@@ -48,7 +48,7 @@ def refusal(folder: Path) -> str:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_float32_weights_are_held_bit_by_bit(
-    write_folder: Write, weights: Weights, config: ModelConfig, shards: int, capsys
+    write_folder: Write, weights: Weights, config: DeepSeekConfig, shards: int, capsys
 ) -> None:
     model = load_huggingface(write_folder(weights, shards=shards))
     assert_holds(model, weights, config)
@@ -59,7 +59,7 @@ def test_float32_weights_are_held_bit_by_bit(
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_bfloat16_weights_are_held_bit_by_bit(
-    write_folder: Write, weights_bfloat16: Weights, config: ModelConfig, shards: int
+    write_folder: Write, weights_bfloat16: Weights, config: DeepSeekConfig, shards: int
 ) -> None:
     model = load_huggingface(write_folder(weights_bfloat16, shards=shards))
     assert_holds(model, weights_bfloat16, config)
@@ -93,7 +93,7 @@ def test_a_dtype_that_holds_no_weights_is_refused(write_folder: Write, weights: 
     ],
 )
 def test_eight_devices_hold_the_slices_that_the_layout_gives_them(
-    write_folder: Write, weights: Weights, config: ModelConfig, sizes: dict[str, int]
+    write_folder: Write, weights: Weights, config: DeepSeekConfig, sizes: dict[str, int]
 ) -> None:
     layout = Layout(make_mesh(sizes))
     model = load_huggingface(write_folder(weights), layout=layout)
@@ -114,7 +114,7 @@ def test_the_loaded_model_runs(write_folder: Write, weights: Weights) -> None:
 
 
 def test_a_model_of_other_parts_is_loaded_too(
-    write_folder: Write, config: ModelConfig, config_json: dict
+    write_folder: Write, config: DeepSeekConfig, config_json: dict
 ) -> None:
     change = {
         "q_lora_rank": None,
@@ -133,7 +133,7 @@ def test_a_model_of_other_parts_is_loaded_too(
 
 
 def test_loading_holds_one_parameter_beside_the_model(
-    write_folder: Write, config: ModelConfig, config_json: dict
+    write_folder: Write, config: DeepSeekConfig, config_json: dict
 ) -> None:
     change = {"vocab_size": 8192, "hidden_size": 64, "n_routed_experts": 32}
     config = config.model_copy(update=change)
@@ -155,7 +155,7 @@ def test_loading_holds_one_parameter_beside_the_model(
 
 
 def test_a_folder_without_mtp_tensors_loads_without_mtp_and_says_so(
-    write_folder: Write, weights: Weights, config: ModelConfig, capsys
+    write_folder: Write, weights: Weights, config: DeepSeekConfig, capsys
 ) -> None:
     main = {name: w for name, w in weights.items() if not name.startswith("model.layers.3.")}
     folder = write_folder(main)
@@ -236,7 +236,7 @@ def test_a_stack_stored_in_two_dtypes_needs_one_chosen(
 
 
 def test_parameters_stored_apart_keep_their_own_dtypes(
-    write_folder: Write, weights_bfloat16: Weights, config: ModelConfig
+    write_folder: Write, weights_bfloat16: Weights, config: DeepSeekConfig
 ) -> None:
     for name in ("model.norm.weight", "model.layers.3.enorm.weight"):
         weights_bfloat16[name] = weights_bfloat16[name].astype(np.float32)

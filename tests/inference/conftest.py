@@ -13,7 +13,7 @@ from reference.weights import place, random_weights
 
 from dsjax.inference.engine import Engine
 from dsjax.inference.request import Request, Update
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 CONTEXT = 128
 
@@ -27,7 +27,7 @@ def hasty_compiler() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def random_model() -> DeepSeek:
+def random_model() -> Transformer:
     """V3 at its smallest, with an MTP layer and a context of 128."""
     config = CONFIGS["v3"]
     return place(config, random_weights(config))
@@ -68,11 +68,11 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, Finished]:
 
 
 @jax.jit
-def _logits(model: DeepSeek, tokens: jax.Array) -> jax.Array:
+def _logits(model: Transformer, tokens: jax.Array) -> jax.Array:
     return model(tokens).logits[0]
 
 
-def whole_logits(model: DeepSeek, tokens: list[int]) -> np.ndarray:
+def whole_logits(model: Transformer, tokens: list[int]) -> np.ndarray:
     """Logits of one pass over everything, [len(tokens), V]."""
     row = np.zeros((1, CONTEXT), np.int32)
     row[0, : len(tokens)] = tokens

@@ -12,7 +12,7 @@ from dsjax.inference.engine import Engine
 from dsjax.inference.request import Request, SamplingParams
 from dsjax.inference.settings import EngineSettings
 from dsjax.model.layers import tree_shardings
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from sharding.mesh import make_mesh
 from sharding.rules import Layout
 
@@ -44,19 +44,19 @@ def tokens_of(found: dict[str, Finished]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain(random_model: DeepSeek) -> Engine:
+def plain(random_model: Transformer) -> Engine:
     engine = Engine(random_model, SETTINGS)
     engine.warm_up()
     return engine
 
 
 @pytest.fixture(scope="module")
-def drafting(random_model: DeepSeek) -> Engine:
+def drafting(random_model: Transformer) -> Engine:
     return Engine(random_model, EngineSettings(rows=4, context=CONTEXT, drafts=2))
 
 
 def test_greedy_tokens_are_the_likeliest_of_one_pass_over_everything(
-    random_model: DeepSeek, plain: Engine
+    random_model: Transformer, plain: Engine
 ) -> None:
     """And log-probabilities are those of that pass, of the prompt's tokens too."""
     requests = greedy(make_prompts(12), prompt_logprobs=2)
@@ -111,7 +111,7 @@ def test_a_sampled_request_repeats_whatever_runs_beside_it(plain: Engine, drafti
     assert not any(7 in tokens for tokens in alone)
 
 
-def test_nothing_compiles_after_the_warm_up(random_model: DeepSeek) -> None:
+def test_nothing_compiles_after_the_warm_up(random_model: Transformer) -> None:
     engine = Engine(random_model, SETTINGS)
     engine.warm_up()
     compiled: list[str] = []
@@ -136,7 +136,7 @@ def test_nothing_compiles_after_the_warm_up(random_model: DeepSeek) -> None:
 
 
 def test_requests_wait_for_pages_and_give_way_without_changing_a_token(
-    random_model: DeepSeek, plain: Engine
+    random_model: Transformer, plain: Engine
 ) -> None:
     """Pages for one and a half of the four sequences that run at the same time."""
     requests = greedy(make_prompts(12), max_tokens=28)
@@ -147,7 +147,7 @@ def test_requests_wait_for_pages_and_give_way_without_changing_a_token(
     assert tight.stats().preempted > 0
 
 
-def test_a_preempted_request_keeps_its_penalties(random_model: DeepSeek, plain: Engine) -> None:
+def test_a_preempted_request_keeps_its_penalties(random_model: Transformer, plain: Engine) -> None:
     requests = [
         Request(str(n), (n,) * 20, SamplingParams(
             max_tokens=90, frequency_penalty=0.7, repetition_penalty=1.3, temperature=1.0, seed=n,
@@ -183,7 +183,7 @@ def test_a_cancelled_request_leaves_no_trace(plain: Engine) -> None:
     assert plain.stats().cache_usage == 0
 
 
-def test_a_beginning_that_was_read_before_is_not_read_again(random_model: DeepSeek) -> None:
+def test_a_beginning_that_was_read_before_is_not_read_again(random_model: Transformer) -> None:
     engine = Engine(random_model, SETTINGS)
     [long] = [prompt for prompt in make_prompts(40) if len(prompt) > 95][:1]
     first = run(engine, greedy([long]))["0"]
@@ -199,7 +199,7 @@ def test_a_beginning_that_was_read_before_is_not_read_again(random_model: DeepSe
 
 
 def test_stop_tokens_end_a_request_and_are_its_last_token(
-    random_model: DeepSeek, plain: Engine
+    random_model: Transformer, plain: Engine
 ) -> None:
     [tokens] = tokens_of(run(plain, greedy([(1, 2, 3)])))
     stop = tokens[5]
@@ -211,7 +211,7 @@ def test_stop_tokens_end_a_request_and_are_its_last_token(
     assert run(plain, greedy([(1, 2, 3)]))["0"].finish == "length"
 
 
-def test_a_mesh_says_what_one_device_says(random_model: DeepSeek, plain: Engine) -> None:
+def test_a_mesh_says_what_one_device_says(random_model: Transformer, plain: Engine) -> None:
     requests = greedy(make_prompts(9))
     expected = tokens_of(run(plain, requests))
     layout = Layout(make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}))

@@ -6,7 +6,7 @@ import pytest
 from dsjax.config_files import load_model_config
 from dsjax.errors import UserError
 from dsjax.inference.generate import generate
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 PROMPTS = [[0, 5, 9], [0, 7], [0, 100, 200, 300, 400, 17, 3]]
 
@@ -14,7 +14,7 @@ PROMPTS = [[0, 5, 9], [0, 7], [0, 100, 200, 300, 400, 17, 3]]
 @pytest.fixture(scope="module")
 def model():
     config = load_model_config("cpu-tiny").model_copy(update={"initializer_range": 0.2})
-    return DeepSeek(config, jax.random.key(0))
+    return Transformer(config, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,9 @@ def test_a_row_does_not_depend_on_its_neighbours(model, greedy):
 
 def test_it_stops_at_eos_and_keeps_it(model, greedy):
     token = greedy[2][4]
-    stopping = DeepSeek(model.config.model_copy(update={"eos_token_id": token}), jax.random.key(0))
+    stopping = Transformer(
+        model.config.model_copy(update={"eos_token_id": token}), jax.random.key(0)
+    )
     [made] = generate(stopping, [PROMPTS[2]], max_new_tokens=12)
     assert made == greedy[2][: greedy[2].index(token) + 1]
 

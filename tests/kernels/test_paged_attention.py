@@ -10,7 +10,7 @@ from dsjax.kernels.paged_attention import (
     write_pages,
 )
 
-GROUPS, PAGES, SIZE, WIDTH, HEADS = 2, 52, 16, 12, 3
+GROUPS, PAGES, SIZE, WIDTH, HEADS = 2, 52, 16, 12, 6
 RANK = 8
 LENGTHS = [1, 16, 270, 511]
 """Tokens of each row, two rows a group; 256 keys are read at a time."""
@@ -21,11 +21,16 @@ def shared(latent):
     return latent[:, :, None], latent[:, :, None, :RANK]
 
 
-def apart(latent):
+def apart(latent, heads=HEADS):
     """Keys and values of each head, made from the latent."""
-    weight = jax.random.normal(jax.random.key(5), (WIDTH, HEADS, WIDTH + RANK))
+    weight = jax.random.normal(jax.random.key(5), (WIDTH, heads, WIDTH + RANK))
     both = jnp.einsum("btw,whk->bthk", latent, weight)
     return both[..., :WIDTH], both[..., WIDTH:]
+
+
+def grouped(latent):
+    """Two keys, each for three heads."""
+    return apart(latent, heads=2)
 
 
 def table():
@@ -40,9 +45,9 @@ def table():
     return jnp.asarray(rows)
 
 
-@pytest.mark.parametrize("keys_values", [shared, apart])
+@pytest.mark.parametrize(("keys_values", "keys"), [(shared, 1), (grouped, 2), (apart, HEADS)])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_paged_attention_says_what_one_softmax_over_the_row_says(keys_values, queries):
+def test_paged_attention_says_what_one_softmax_over_the_row_says(keys_values, keys, queries):
     latents = jax.random.normal(jax.random.key(1), (4, 512, WIDTH))
     q = jax.random.normal(jax.random.key(2), (4, queries, HEADS, WIDTH))
     lengths = np.array(LENGTHS)
@@ -56,7 +61,7 @@ def test_paged_attention_says_what_one_softmax_over_the_row_says(keys_values, qu
         everything = places_of(jnp.zeros(4, int), jnp.asarray(lengths), queries=512, **find)
         pages = write_pages(pages, latents, everything.slots)
         places = places_of(starts, jnp.asarray(lengths) - starts, queries=queries, **find)
-        found = paged_attention(q, pages, places, keys_values, RANK, 0.3)
+        found = paged_attention(q, pages, places, keys_values, keys, RANK, 0.3)
         expected = paged_attention_reference(q, latents, places.positions, keys_values, 0.3)
         return found, expected
 

@@ -12,8 +12,8 @@ import pytest
 from reference.configs import CONFIGS
 from reference.weights import place, random_weights
 
-from dsjax.config import ModelConfig
-from dsjax.model.transformer import DeepSeek
+from dsjax.architecture import DeepSeekConfig
+from dsjax.model.transformer import Transformer
 
 ROWS, LENGTH = 2, 48
 
@@ -32,7 +32,9 @@ class Forward(NamedTuple):
 
 
 @jax.jit
-def forward(model: DeepSeek, tokens: Any, positions: Any = None, segments: Any = None) -> Forward:
+def forward(
+    model: Transformer, tokens: Any, positions: Any = None, segments: Any = None
+) -> Forward:
     out = model(tokens, positions, segments)
     ahead = model.look_ahead(out)
     main = out.hidden, out.logits, out.load, out.balance_loss
@@ -46,7 +48,7 @@ def off(found: Any, expected: Any) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def random_tokens(config: ModelConfig, shape: tuple[int, ...], seed: int = 1) -> np.ndarray:
+def random_tokens(config: DeepSeekConfig, shape: tuple[int, ...], seed: int = 1) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.integers(0, config.vocab_size, shape, dtype=np.int32)
 
@@ -60,15 +62,15 @@ def hasty_compiler() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def config() -> ModelConfig:
+def config() -> DeepSeekConfig:
     return CONFIGS["v3"]
 
 
 @pytest.fixture(scope="session")
-def model(config: ModelConfig) -> DeepSeek:
+def model(config: DeepSeekConfig) -> Transformer:
     return place(config, random_weights(config))
 
 
 @pytest.fixture(scope="session")
-def tokens(config: ModelConfig) -> jax.Array:
+def tokens(config: DeepSeekConfig) -> jax.Array:
     return jnp.asarray(random_tokens(config, (ROWS, LENGTH)))

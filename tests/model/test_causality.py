@@ -10,37 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import DeepSeekConfig
 from dsjax.model.layers import RouterBias, variables
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 from .conftest import LENGTH
 
 PLACE = 20
 
-Influence = Callable[[jax.Array, int | None, int | None], DeepSeek]
+Influence = Callable[[jax.Array, int | None, int | None], Transformer]
 
 
 @pytest.fixture(scope="module")
-def distinct(config: ModelConfig) -> jax.Array:
+def distinct(config: DeepSeekConfig) -> jax.Array:
     """One row without a repeated token: an embedding row's gradient is that of one place."""
     rng = np.random.default_rng(3)
     return jnp.asarray(rng.permutation(config.vocab_size)[None, :LENGTH].astype(np.int32))
 
 
 @pytest.fixture(scope="module")
-def influence(model: DeepSeek, distinct: jax.Array) -> Influence:
+def influence(model: Transformer, distinct: jax.Array) -> Influence:
     """Gradient of a random direction of one place's output, of the main model and of MTP."""
     direction = jax.random.normal(jax.random.key(5), (model.config.hidden_size,))
 
     @jax.jit
     @jax.grad
-    def gradient(model: DeepSeek, segments: jax.Array, main: Any, ahead: Any) -> jax.Array:
+    def gradient(model: Transformer, segments: jax.Array, main: Any, ahead: Any) -> jax.Array:
         out = model(distinct, segment_ids=segments)
         mtp = model.look_ahead(out).hidden[0]
         return main @ out.hidden[0] @ direction + ahead @ mtp[0] @ direction
 
-    def at(segments: jax.Array, main: int | None, ahead: int | None) -> DeepSeek:
+    def at(segments: jax.Array, main: int | None, ahead: int | None) -> Transformer:
         places = np.arange(LENGTH)
         one_hot = (jnp.asarray((places == place).astype(np.float32)) for place in (main, ahead))
         return gradient(model, segments, *one_hot)
@@ -48,7 +48,7 @@ def influence(model: DeepSeek, distinct: jax.Array) -> Influence:
     return at
 
 
-def reached(gradient: DeepSeek, tokens: jax.Array) -> np.ndarray:
+def reached(gradient: Transformer, tokens: jax.Array) -> np.ndarray:
     """Which places the output depends on at all, exactly."""
     return np.asarray(gradient.embed.weight[...][tokens[0]] != 0).any(axis=1)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from reference.weights import place, random_weights
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import DeepSeekConfig
 from dsjax.errors import UserError
 from dsjax.model.layers import tree_shardings, variables
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from sharding.mesh import make_mesh
 from sharding.rules import Layout, use_layout
 
@@ -26,7 +26,7 @@ EXACT = 1e-5
 
 
 @pytest.fixture(scope="module")
-def model(config: ModelConfig) -> DeepSeek:
+def model(config: DeepSeekConfig) -> Transformer:
     """Expert layers and an MTP layer; a dense layer would add only to the compiler's work."""
     changes = {"first_k_dense_replace": 0, "num_hidden_layers": 2}
     shallow = config.model_copy(update=changes)
@@ -34,7 +34,7 @@ def model(config: ModelConfig) -> DeepSeek:
 
 
 @pytest.fixture(scope="module")
-def batch(model: DeepSeek) -> tuple[jax.Array, jax.Array]:
+def batch(model: Transformer) -> tuple[jax.Array, jax.Array]:
     """Rows of two documents each, the last row with padding."""
     tokens = jnp.asarray(random_tokens(model.config, (ROWS, LENGTH)))
     segments = np.where(np.arange(LENGTH) < 20, 1, 2)[None].repeat(ROWS, axis=0)
@@ -43,14 +43,14 @@ def batch(model: DeepSeek) -> tuple[jax.Array, jax.Array]:
 
 
 @pytest.fixture(scope="module")
-def on_one_device(model: DeepSeek, batch: tuple[jax.Array, jax.Array]) -> Any:
+def on_one_device(model: Transformer, batch: tuple[jax.Array, jax.Array]) -> Any:
     return jax.jit(partial(loss_and_gradient, remat="keep_all"))(model, *batch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["keep_matmuls", "keep_layer_inputs"])
 def test_recomputation_leaves_the_gradients_as_they_are(
-    model: DeepSeek, batch: tuple[jax.Array, jax.Array], on_one_device: Any, remat: Any
+    model: Transformer, batch: tuple[jax.Array, jax.Array], on_one_device: Any, remat: Any
 ) -> None:
     (loss, sums), gradient = jax.jit(partial(loss_and_gradient, remat=remat))(model, *batch)
     (expected_loss, expected_sums), expected = on_one_device
@@ -72,7 +72,7 @@ def test_recomputation_leaves_the_gradients_as_they_are(
     ids=lambda axes: "_".join(f"{name}{size}" for name, size in axes.items()),
 )
 def test_eight_devices_equal_one(
-    model: DeepSeek,
+    model: Transformer,
     batch: tuple[jax.Array, jax.Array],
     on_one_device: Any,
     axes: dict[str, int],
@@ -90,7 +90,7 @@ def test_eight_devices_equal_one(
     assert (sums.load == expected_sums.load).all()
 
 
-def test_weights_are_split_and_not_only_labelled(model: DeepSeek) -> None:
+def test_weights_are_split_and_not_only_labelled(model: Transformer) -> None:
     layout = Layout(make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}))
     placed = jax.device_put(model, tree_shardings(model, layout))
     parts = {
@@ -103,7 +103,7 @@ def test_weights_are_split_and_not_only_labelled(model: DeepSeek) -> None:
     assert parts["norm.weight"] == parts["moe_layers.ffn.router.bias"] == 1
 
 
-def test_constraints_are_live(model: DeepSeek) -> None:
+def test_constraints_are_live(model: Transformer) -> None:
     """They split what nothing else would, and refuse what does not divide."""
     layout = Layout(make_mesh({"data": 8}))
     tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
@@ -114,7 +114,7 @@ def test_constraints_are_live(model: DeepSeek) -> None:
             jax.eval_shape(lambda model, tokens: model(tokens).hidden, model, tokens[:3])
 
 
-def test_outside_a_layout_nothing_is_constrained(model: DeepSeek) -> None:
+def test_outside_a_layout_nothing_is_constrained(model: Transformer) -> None:
     hidden = jax.eval_shape(
         lambda model, tokens: model(tokens).hidden, model, jnp.zeros((3, 8), jnp.int32)
     )

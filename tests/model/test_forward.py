@@ -11,7 +11,7 @@ from reference import numpy_model
 from reference.configs import CONFIGS
 from reference.weights import place, random_weights
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import DeepSeekConfig
 
 from .conftest import LENGTH, ROWS, Forward, forward, off, random_tokens
 
@@ -20,7 +20,7 @@ EXACT = 1e-5
 
 
 class Case(NamedTuple):
-    config: ModelConfig
+    config: DeepSeekConfig
     found: Forward
     expected: list[numpy_model.Prediction]
 

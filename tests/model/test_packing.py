@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 from .conftest import LENGTH, Forward, forward, off, random_tokens
 
@@ -28,7 +28,7 @@ def pack(rows: tuple[tuple[np.ndarray, ...], ...]) -> tuple[jax.Array, jax.Array
 
 
 @pytest.fixture(scope="module")
-def documents(model: DeepSeek) -> list[tuple[np.ndarray, ...]]:
+def documents(model: Transformer) -> list[tuple[np.ndarray, ...]]:
     return [
         tuple(random_tokens(model.config, (size,), seed=10 * row + size) for size in sizes)
         for row, sizes in enumerate(ROWS)
@@ -36,13 +36,13 @@ def documents(model: DeepSeek) -> list[tuple[np.ndarray, ...]]:
 
 
 @pytest.fixture(scope="module")
-def packed(model: DeepSeek, documents: list[tuple[np.ndarray, ...]]) -> Forward:
+def packed(model: Transformer, documents: list[tuple[np.ndarray, ...]]) -> Forward:
     tokens, segments = pack(tuple(documents))
     return forward(model, tokens, None, segments)
 
 
 @pytest.fixture(scope="module")
-def alone(model: DeepSeek, documents: list[tuple[np.ndarray, ...]]) -> list[Forward]:
+def alone(model: Transformer, documents: list[tuple[np.ndarray, ...]]) -> list[Forward]:
     """Each document in a batch of its own, whose second row is all padding."""
     result = []
     for document in (d for row in documents for d in row):
@@ -79,7 +79,7 @@ def test_packed_loads_are_the_sum_of_separate_ones(packed: Forward, alone: list[
     assert (packed.mtp_load == sum(own.mtp_load for own in alone)).all()
 
 
-def test_padding_is_not_counted(model: DeepSeek, packed: Forward, alone: list[Forward]) -> None:
+def test_padding_is_not_counted(model: Transformer, packed: Forward, alone: list[Forward]) -> None:
     tokens_of_row = np.array([sum(sizes) for sizes in ROWS])
     choices = model.config.num_experts_per_tok
     assert (packed.load.sum(-1) == choices * tokens_of_row.sum()).all()
@@ -88,7 +88,7 @@ def test_padding_is_not_counted(model: DeepSeek, packed: Forward, alone: list[Fo
     assert (packed.mtp_load.sum(-1) == choices * targets).all()
 
 
-def test_a_row_of_padding_has_no_balance_loss(model: DeepSeek, tokens: jax.Array) -> None:
+def test_a_row_of_padding_has_no_balance_loss(model: Transformer, tokens: jax.Array) -> None:
     """The mean over rows must not be pulled by rows that hold nothing."""
     segments = jnp.ones_like(tokens).at[1].set(0)
     one = forward(model, tokens, None, segments)

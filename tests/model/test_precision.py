@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from reference.weights import place, random_weights
 
-from dsjax.config import ModelConfig
-from dsjax.model.transformer import DeepSeek
+from dsjax.architecture import DeepSeekConfig
+from dsjax.model.transformer import Transformer
 
 from .conftest import forward
 
 
 def test_bfloat16_stays_close_to_float32(
-    config: ModelConfig, model: DeepSeek, tokens: jax.Array
+    config: DeepSeekConfig, model: Transformer, tokens: jax.Array
 ) -> None:
     exact = forward(model, tokens)
     found = forward(place(config, random_weights(config), jnp.bfloat16), tokens)

@@ -9,22 +9,22 @@ import pytest
 from flax import nnx
 from reference import numpy_model
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import DeepSeekConfig
 from dsjax.model.layers import RouterBias
 from dsjax.model.moe import choose_experts
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from dsjax.training.step import max_violation, update_biases
 
 from .conftest import forward, off
 
 
 @pytest.fixture(scope="module")
-def scores(config: ModelConfig) -> jax.Array:
+def scores(config: DeepSeekConfig) -> jax.Array:
     return jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (64, config.n_routed_experts)))
 
 
 def test_a_bias_draws_tokens_and_leaves_their_gates_unbiased(
-    config: ModelConfig, scores: jax.Array
+    config: DeepSeekConfig, scores: jax.Array
 ) -> None:
     favoured = 5
     bias = jnp.zeros(config.n_routed_experts).at[favoured].set(3.0)
@@ -36,7 +36,7 @@ def test_a_bias_draws_tokens_and_leaves_their_gates_unbiased(
     assert off(gates, expected) < 1e-6
 
 
-def test_a_bias_equal_for_all_changes_nothing(config: ModelConfig, scores: jax.Array) -> None:
+def test_a_bias_equal_for_all_changes_nothing(config: DeepSeekConfig, scores: jax.Array) -> None:
     plain = choose_experts(scores, None, config)
     for shift in (-8.0, 0.25):
         experts, gates = choose_experts(scores, jnp.full(config.n_routed_experts, shift), config)
@@ -45,7 +45,7 @@ def test_a_bias_equal_for_all_changes_nothing(config: ModelConfig, scores: jax.A
 
 
 def test_a_token_reaches_no_more_groups_than_allowed(
-    config: ModelConfig, scores: jax.Array
+    config: DeepSeekConfig, scores: jax.Array
 ) -> None:
     """With biases that make every s + b negative as well."""
     for shift in (0.0, -5.0):
@@ -56,12 +56,12 @@ def test_a_token_reaches_no_more_groups_than_allowed(
         assert all(len(set(row)) == config.num_experts_per_tok for row in experts.tolist())
 
 
-def test_every_token_is_counted_once_for_each_choice(model: DeepSeek, tokens: jax.Array) -> None:
+def test_every_token_is_counted_once_for_each_choice(model: Transformer, tokens: jax.Array) -> None:
     load = forward(model, tokens).load
     assert (load.sum(-1) == tokens.size * model.config.num_experts_per_tok).all()
 
 
-def test_the_bias_update_is_the_papers(model: DeepSeek) -> None:
+def test_the_bias_update_is_the_papers(model: Transformer) -> None:
     biases = nnx.state(model, RouterBias)
     layers = model.config.num_moe_layers + model.config.num_nextn_predict_layers
     experts = model.config.n_routed_experts
@@ -81,7 +81,7 @@ def test_the_bias_update_is_the_papers(model: DeepSeek) -> None:
     assert (found[0][:2] == before[0][:2]).all()
 
 
-def test_loads_and_biases_are_paired_layer_by_layer(model: DeepSeek) -> None:
+def test_loads_and_biases_are_paired_layer_by_layer(model: Transformer) -> None:
     """Main layers first, then MTP: each bias follows the load of its own router."""
     biases = nnx.state(model, RouterBias)
     main = model.config.num_moe_layers

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from dsjax.errors import UserError
 from dsjax.model.layers import tree_shardings
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from sharding.mesh import AXES, make_mesh
 from sharding.rules import TRAIN_RULES, Layout
 
@@ -71,7 +71,7 @@ def test_rules_that_name_no_axis_of_the_mesh_are_refused() -> None:
         Layout(make_mesh(), {**TRAIN_RULES, "heads": ("tesnor",)})
 
 
-def test_the_same_model_follows_another_table(model: DeepSeek) -> None:
+def test_the_same_model_follows_another_table(model: Transformer) -> None:
     rules = {**TRAIN_RULES, "embed": (), "mlp": ("fsdp", "tensor")}
     layout = Layout(make_mesh({"fsdp": 2, "tensor": 4}), rules)
     shardings = tree_shardings(model, layout)
@@ -80,7 +80,7 @@ def test_the_same_model_follows_another_table(model: DeepSeek) -> None:
     )
 
 
-def test_a_model_that_does_not_divide_is_refused(model: DeepSeek) -> None:
+def test_a_model_that_does_not_divide_is_refused(model: Transformer) -> None:
     rules = {**TRAIN_RULES, "latent": ("fsdp",)}
     with pytest.raises(UserError, match=r"q_lora|latent"):
         tree_shardings(model, Layout(make_mesh(devices=jax.devices()[:5]), rules))

@@ -10,15 +10,15 @@ import pytest
 from flax import nnx
 from reference.configs import CONFIGS
 
+from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import tensors
-from dsjax.config import ModelConfig
 from dsjax.config_files import load_model_config
 from dsjax.model.layers import RouterBias, count_parameters
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 
-def abstract(config: ModelConfig) -> DeepSeek:
-    return jax.eval_shape(lambda key: DeepSeek(config, key), jax.random.key(0))
+def abstract(config: ModelConfig) -> Transformer:
+    return jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
 
 
 def test_671b_has_the_published_parameter_count() -> None:
@@ -45,6 +45,13 @@ def test_the_files_of_671b_repeat_embedding_and_head() -> None:
         ("v2-lite-16b", 15_706_484_224),
         ("moonlight-16b", 15_960_110_208),
         ("kimi-k2", 1_026_408_232_448),
+        ("r1-distill-qwen-1.5b", 1_777_088_000),
+        ("r1-distill-qwen-7b", 7_615_616_512),
+        ("r1-distill-qwen-14b", 14_770_033_664),
+        ("r1-distill-qwen-32b", 32_763_876_352),
+        ("r1-distill-llama-8b", 8_030_261_248),
+        ("r1-distill-llama-70b", 70_553_706_496),
+        ("r1-0528-qwen3-8b", 8_190_735_360),
     ],
 )
 def test_other_releases_have_their_published_counts(name: str, count: int) -> None:

@@ -22,7 +22,7 @@ from reference import numpy_model
 from reference.configs import CONFIGS, MOONLIGHT
 from reference.weights import place, random_weights
 
-from dsjax.config import ModelConfig
+from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.attention import causal_attention_reference
 from dsjax.kernels.experts import routed_experts_reference
 from dsjax.model import block, mla, moe, mtp, rope, transformer
@@ -55,7 +55,7 @@ class Misread(NamedTuple):
     """One mistake in the order of a file's numbers: names that end so are rearranged."""
 
     suffix: str
-    rearrange: Callable[[np.ndarray, ModelConfig], np.ndarray]
+    rearrange: Callable[[np.ndarray, DeepSeekConfig], np.ndarray]
 
 
 def edited(change: Edit) -> Any:
@@ -78,30 +78,30 @@ def replace_everywhere(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, n
             monkeypatch.setattr(holder, name, new)
 
 
-def values_first(w: np.ndarray, c: ModelConfig) -> np.ndarray:
+def values_first(w: np.ndarray, c: DeepSeekConfig) -> np.ndarray:
     k, v = np.split(_heads(w, c), [c.qk_nope_head_dim], axis=1)
     return np.concatenate([v, k], axis=1).reshape(w.shape)
 
 
-def all_keys_before_all_values(w: np.ndarray, c: ModelConfig) -> np.ndarray:
+def all_keys_before_all_values(w: np.ndarray, c: DeepSeekConfig) -> np.ndarray:
     k, v = np.split(w, [c.num_attention_heads * c.qk_nope_head_dim])
     return np.concatenate([_heads(k, c), _heads(v, c)], axis=1).reshape(w.shape)
 
 
-def rope_first(w: np.ndarray, c: ModelConfig) -> np.ndarray:
+def rope_first(w: np.ndarray, c: DeepSeekConfig) -> np.ndarray:
     q_rope, q_nope = np.split(_heads(w, c), [c.qk_rope_head_dim], axis=1)
     return np.concatenate([q_nope, q_rope], axis=1).reshape(w.shape)
 
 
-def rope_before_latent(w: np.ndarray, c: ModelConfig) -> np.ndarray:
+def rope_before_latent(w: np.ndarray, c: DeepSeekConfig) -> np.ndarray:
     return np.roll(w, -c.qk_rope_head_dim, axis=0)
 
 
-def hidden_before_embedding(w: np.ndarray, c: ModelConfig) -> np.ndarray:
+def hidden_before_embedding(w: np.ndarray, c: DeepSeekConfig) -> np.ndarray:
     return np.roll(w, c.hidden_size, axis=1)
 
 
-def _heads(w: np.ndarray, c: ModelConfig) -> np.ndarray:
+def _heads(w: np.ndarray, c: DeepSeekConfig) -> np.ndarray:
     return w.reshape(c.num_attention_heads, -1, w.shape[1])
 
 
@@ -167,7 +167,7 @@ TRAPS: dict[str, tuple[str, Edit | Setting | Misread]] = {
     "V2's m squared is missing": ("v2", Edit(rope, "softmax_scale", "** 2", "** 0")),
     "the amplitude is always 1": (
         "two_depths_and_unequal_mscales",
-        Edit(rope, "rotary_amplitude", "yarn is None", "True"),
+        Edit(rope, "rotary_amplitude", "not isinstance(yarn, YarnConfig)", "True"),
     ),
     "the amplitude is not a ratio": (
         "v3",
@@ -177,18 +177,18 @@ TRAPS: dict[str, tuple[str, Edit | Setting | Misread]] = {
         "v3",
         Edit(
             rope,
-            "rotate",
-            "x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)",
-            "jnp.split(x.astype(jnp.float32), 2, axis=-1)",
+            "rotate_pairs",
+            "x[..., 0::2], x[..., 1::2]",
+            "*jnp.split(x, 2, axis=-1)",
         ),
     ),
     "pairs turn the other way": (
         "v3",
         Edit(
             rope,
-            "rotate",
-            "first * cos - second * sin, second * cos + first * sin",
-            "second * cos - first * sin, first * cos + second * sin",
+            "_turn",
+            "x * cos - y * sin, y * cos + x * sin",
+            "y * cos - x * sin, x * cos + y * sin",
         ),
     ),
     "YaRN slows every pair": ("v3", Edit(rope, "_yarn_ramp", "0, 1)", "1, 1)")),
@@ -225,7 +225,7 @@ TRAPS: dict[str, tuple[str, Edit | Setting | Misread]] = {
     "MTP is fed before the final norm": (
         "v3",
         Edit(
-            transformer.DeepSeek,
+            transformer.Transformer,
             "look_ahead",
             "hidden, normed, stats = out.hidden",
             "hidden, normed, stats = out.hidden / self.norm.weight[None, None]",
@@ -242,17 +242,21 @@ TRAPS: dict[str, tuple[str, Edit | Setting | Misread]] = {
     ),
     "every MTP depth sees the next token": (
         "two_depths_and_unequal_mscales",
-        Edit(transformer.DeepSeek, "look_ahead", "shift(out.tokens, by)", "shift(out.tokens, 1)"),
+        Edit(
+            transformer.Transformer, "look_ahead", "shift(out.tokens, by)", "shift(out.tokens, 1)"
+        ),
     ),
     "every MTP depth starts from the main model": (
         "two_depths_and_unequal_mscales",
-        Edit(transformer.DeepSeek, "look_ahead", "run(module, hidden)", "run(module, out.hidden)"),
+        Edit(
+            transformer.Transformer, "look_ahead", "run(module, hidden)", "run(module, out.hidden)"
+        ),
     ),
 }
 
 SHOWN_BY = CONFIGS | {
     # Numbers so small that the epsilons of norms matter.
-    "small_numbers": ModelConfig(**MOONLIGHT),
+    "small_numbers": DeepSeekConfig(**MOONLIGHT),
 }
 
 

@@ -8,19 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsjax.model.transformer import DeepSeek, Remat
+from dsjax.model.transformer import Remat, Transformer
 from dsjax.training.step import Sums, batch_loss, target_counts
 
 
 def loss_and_gradient(
-    model: DeepSeek, tokens: jax.Array, segments: jax.Array, remat: Remat
+    model: Transformer, tokens: jax.Array, segments: jax.Array, remat: Remat
 ) -> tuple[tuple[jax.Array, Sums], Any]:
     """Next-token, MTP and balance loss with weights that let each be seen."""
     loss = partial(batch_loss, balance_weight=0.1, loss_chunk=16, remat=remat)
     counts = target_counts(segments[None], model.config.num_nextn_predict_layers)
     rows = jnp.float32(tokens.shape[0])
 
-    def of_model(model: DeepSeek) -> tuple[jax.Array, Sums]:
+    def of_model(model: Transformer) -> tuple[jax.Array, Sums]:
         return loss(model, tokens, segments, counts, rows, jnp.float32(0.3))
 
     return jax.value_and_grad(of_model, has_aux=True)(model)

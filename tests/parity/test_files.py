@@ -17,9 +17,9 @@ from transformers import DeepseekV3ForCausalLM
 
 from dsjax.checkpoint.huggingface import load_huggingface
 from dsjax.model.layers import RouterBias, variables
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
-from .conftest import make_config, make_model
+from .models import make_model, v3_config
 
 LENGTH, DEPTHS = 48, 2
 
@@ -29,7 +29,8 @@ forward = jax.jit(lambda model, tokens: (lambda out: (out.logits, out.mtp_logits
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float32")
-    make_model(make_config("wide", low_rank=True, yarn=True, groups=True)).save_pretrained(folder)
+    config = v3_config("wide", low_rank=True, yarn=True, groups=True)
+    make_model(DeepseekV3ForCausalLM, config).save_pretrained(folder)
     return folder
 
 
@@ -102,7 +103,7 @@ def ahead(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_hand_written_mtp_layers_predict_what_the_reference_does(
     ahead: Path, tokens: np.ndarray
 ) -> None:
-    model: DeepSeek = load_huggingface(ahead)
+    model: Transformer = load_huggingface(ahead)
     logits, mtp_logits = forward(model, tokens)
     config: dict[str, Any] = json.loads((ahead / "config.json").read_text())
     rope = config["rope_parameters"]

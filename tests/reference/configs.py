@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsjax.config import ModelConfig, YarnConfig
+from dsjax.architecture import DeepSeekConfig, DenseConfig, Llama3Config, YarnConfig
 
 YARN = YarnConfig(
     factor=4.0,
@@ -60,8 +60,8 @@ MOONLIGHT: dict[str, Any] = V3 | dict(
     num_nextn_predict_layers=0,
 )
 
-CONFIGS: dict[str, ModelConfig] = {
-    name: ModelConfig(**values)
+CONFIGS: dict[str, DeepSeekConfig] = {
+    name: DeepSeekConfig(**values)
     for name, values in {
         "v3": V3,
         "two_depths_and_unequal_mscales": V3
@@ -76,4 +76,31 @@ CONFIGS: dict[str, ModelConfig] = {
         | dict(n_shared_experts=0, first_k_dense_replace=0, num_nextn_predict_layers=0),
         "only_dense_layers": V3 | dict(first_k_dense_replace=3),
     }.items()
+}
+
+DENSE: dict[str, Any] = dict(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=2,
+    max_position_embeddings=128,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=6,
+    rope_theta=50.0,
+    intermediate_size=48,
+)
+DENSE_CONFIGS: dict[str, DenseConfig] = {
+    "llama3_tied": DenseConfig(
+        model_type="llama",
+        tie_word_embeddings=True,
+        rope_scaling=Llama3Config(
+            factor=8.0,
+            original_max_position_embeddings=32,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+        ),
+        **DENSE,
+    ),
+    "qwen2": DenseConfig(model_type="qwen2", **DENSE),
+    "qwen3_yarn": DenseConfig(model_type="qwen3", rope_scaling=YARN, **DENSE),
 }

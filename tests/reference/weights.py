@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import (
+    BIAS,
     EMBEDDING,
     NORM,
     ROUTER,
@@ -16,9 +18,8 @@ from dsjax.checkpoint.families import (
     Tensor,
     tensors,
 )
-from dsjax.config import ModelConfig
 from dsjax.model.layers import variables
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -43,15 +44,17 @@ def _spread(tensor: Tensor, value: np.ndarray) -> np.ndarray:
         return 1 + 0.2 * value
     if tensor.kind == ROUTER_BIAS:
         return 0.8 * value
+    if tensor.kind == BIAS:
+        return 0.3 * value
     if tensor.kind == EMBEDDING:
         return value
     # A normed input has spread 1: so do router logits, and everything else a little less.
     return value * tensor.shape[1] ** -0.5 * (1.0 if tensor.kind == ROUTER else 0.9)
 
 
-def place(config: ModelConfig, weights: dict[str, np.ndarray], dtype: Any = None) -> DeepSeek:
+def place(config: ModelConfig, weights: dict[str, np.ndarray], dtype: Any = None) -> Transformer:
     """A float32 model that holds these weights, computing in `dtype`."""
-    abstract = jax.eval_shape(lambda key: DeepSeek(config, key, dtype=dtype), jax.random.key(0))
+    abstract = jax.eval_shape(lambda key: Transformer(config, key, dtype=dtype), jax.random.key(0))
     held = {path: np.zeros(leaf.shape, np.float32) for path, leaf in variables(abstract)}
     for tensor in tensors(config):
         if not tensor.repeats:

@@ -7,7 +7,7 @@ from flax import nnx
 from dsjax.config import OptimizerConfig
 from dsjax.config_files import load_model_config
 from dsjax.model.layers import variables
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from dsjax.training.optimizer import decayed, make_optimizer, scale_by_bfloat16_adam
 
 
@@ -43,7 +43,7 @@ def test_the_gradient_is_clipped_by_its_global_norm():
 
 def test_weight_decay_acts_on_matrices_and_not_on_norm_gains():
     model = jax.eval_shape(
-        lambda key: DeepSeek(load_model_config("cpu-tiny"), key), jax.random.key(0)
+        lambda key: Transformer(load_model_config("cpu-tiny"), key), jax.random.key(0)
     )
     mask = decayed(nnx.state(model, nnx.Param))
     flags = dict(zip([name for name, _ in variables(nnx.state(model, nnx.Param))],

@@ -1,0 +1,88 @@
+"""Grouped-query attention: several heads share a key and a value (arXiv:2305.13245).
+
+What Llama, Qwen2 and Qwen3 attend by, and with them R1's distills. The cache holds the keys after
+their rotation and the values of the heads that share them, side by side.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax.architecture import DenseConfig
+from dsjax.kernels.attention import causal_attention
+from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
+from dsjax.model.layers import Linear, RMSNorm
+from dsjax.model.rope import RotaryTable, rotate_halves, softmax_scale
+from sharding.rules import constrain
+
+
+class GQA(nnx.Module):
+    """Grouped-query attention, with Qwen2's biases or Qwen3's norms where the family has them.
+
+        q, k, v = x Wq + b_q,  x Wk + b_k,  x Wv + b_v           (b: Qwen2 only)
+        q, k = rope(norm(q)), rope(norm(k))                      (norm over a head: Qwen3 only)
+        out = concat_heads(softmax(q k^T * scale) v) Wo
+
+    Differs from the paper: biases, norms and rotation are the families' own.
+    """
+
+    def __init__(self, config: DenseConfig, key: Array, dtype: jnp.dtype):
+        c = config
+        keys = jax.random.split(key, 4)
+        std, bias, width = c.initializer_range, c.qkv_bias, {"head_dim": c.head_dim}
+        embed, heads = {"embed": c.hidden_size}, {"heads": c.num_attention_heads} | width
+        few = {"kv_heads": c.num_key_value_heads} | width
+        self.q = Linear(keys[0], heads, embed, std=std, dtype=dtype, bias=bias)
+        self.k = Linear(keys[1], few, embed, std=std, dtype=dtype, bias=bias)
+        self.v = Linear(keys[2], few, embed, std=std, dtype=dtype, bias=bias)
+        self.out = Linear(keys[3], embed, heads, std=std, dtype=dtype)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype)
+        self.config = config
+
+    def expanded(
+        self,
+        x: Float[Array, "B S D"],
+        table: RotaryTable,
+        segment_ids: Int[Array, "B S"] | None,
+    ) -> Float[Array, "B S D"]:
+        """Causal attention among the tokens of x."""
+        q, k, v = self._projected(x, table)
+        shared = self.config.num_attention_heads // self.config.num_key_value_heads
+        k, v = (jnp.repeat(heads, shared, axis=2) for heads in (k, v))
+        k, v = (constrain(heads, "batch", "sequence", "heads", None) for heads in (k, v))
+        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        return self.out(causal_attention(q, k, v, ids, softmax_scale(self.config)))
+
+    def extend(
+        self,
+        x: Float[Array, "B Q D"],
+        table: RotaryTable,
+        pages: Float[Array, "G N T W"],
+        places: Places,
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "G N T W"]]:
+        """Attention of new tokens over their rows' pages, which they are written to first."""
+        c = self.config
+        q, k, v = self._projected(x, table)
+        new = jnp.concatenate([k, v], axis=2).reshape(*x.shape[:2], -1)
+        pages = write_pages(pages, new, places.slots)
+
+        def split(cached: Array) -> tuple[Array, Array]:
+            both = cached.reshape(*cached.shape[:2], 2, c.num_key_value_heads, c.head_dim)
+            return both[:, :, 0], both[:, :, 1]
+
+        scale = softmax_scale(c)
+        heads = paged_attention(q, pages, places, split, c.num_key_value_heads, c.head_dim, scale)
+        return self.out(heads), pages
+
+    def _projected(self, x: Array, table: RotaryTable) -> tuple[Array, Array, Array]:
+        """Queries [B, S, H, K], keys and values [B, S, J, K] of J heads."""
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = constrain(q, "batch", "sequence", "heads", None)
+        return rotate_halves(q, table), rotate_halves(k, table), v
