@@ -25,7 +25,7 @@ from dsjax.inference.engine import Engine
 from dsjax.inference.request import Request, SamplingParams
 from dsjax.inference.settings import EngineSettings
 from dsjax.inference.speculation import Speculation
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 
 from .conftest import run
 
@@ -67,7 +67,7 @@ def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def model() -> DeepSeek:
+def model() -> Transformer:
     """MTP is the main model without its layers, which say little beside the embedding."""
     sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "first_k_dense_replace": 2}
     config = CONFIGS["v3"].model_copy(update=sizes)
@@ -84,7 +84,7 @@ def model() -> DeepSeek:
 
 
 @pytest.fixture(scope="module")
-def logits(model: DeepSeek) -> np.ndarray:
+def logits(model: Transformer) -> np.ndarray:
     """After the prompt and every possible beginning: [V^3, 4, V], in one pass over everything."""
     prompts = np.tile(PROMPT, (len(BEGINNINGS), 1))
     tokens = np.concatenate([prompts, BEGINNINGS], axis=1).astype(np.int32)
@@ -96,7 +96,7 @@ Counts = dict[str, np.ndarray]
 """For each case how often each second, third and fourth token came together, [V, V, V]."""
 
 
-def counted(model: DeepSeek, drafts: int, count: int = REQUESTS, seed: int = 0) -> Counts:
+def counted(model: Transformer, drafts: int, count: int = REQUESTS, seed: int = 0) -> Counts:
     """Of so many requests of each case, with seeds from this one on."""
     engine = Engine(model, EngineSettings(rows=ROWS, context=32, drafts=drafts))
     # One program for prompts, one for continuations: to compile all would take most of the time.
@@ -163,7 +163,7 @@ def exact(logits: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def plain(model: DeepSeek) -> Counts:
+def plain(model: Transformer) -> Counts:
     """Without drafts."""
     return counted(model, 0)
 
@@ -176,7 +176,7 @@ def test_without_drafts_tokens_have_the_probabilities_of_the_model(
 
 @pytest.mark.parametrize("drafts", [1, 2])
 def test_with_drafts_tokens_have_the_same_probabilities(
-    model: DeepSeek, exact: dict[str, np.ndarray], plain: Counts, drafts: int
+    model: Transformer, exact: dict[str, np.ndarray], plain: Counts, drafts: int
 ) -> None:
     counts = counted(model, drafts, seed=drafts * REQUESTS)
     for case in CASES:
@@ -226,7 +226,7 @@ def step_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]
 
 @pytest.mark.parametrize("wrong", [accept_always, draw_again], ids=lambda wrong: wrong.__name__)
 def test_a_wrong_acceptance_is_seen(
-    model: DeepSeek,
+    model: Transformer,
     exact: dict[str, np.ndarray],
     step_with: Callable[[Any], None],
     wrong: Any,

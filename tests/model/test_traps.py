@@ -201,7 +201,7 @@ TRAPS: dict[str, tuple[str, Edit | Setting | Misread]] = {
         "v3",
         Edit(rope, "_yarn_ramp", "pair_with(yarn.beta_slow)", "pair_with(yarn.beta_fast)"),
     ),
-    "YaRN is left out": ("v3", Edit(rope, "rotary_frequencies", "yarn is None", "True")),
+    "YaRN is left out": ("v3", Edit(rope, "rotary_frequencies", "scaling is None", "True")),
     # The order of numbers in the files.
     "values come before keys": ("v3", Misread("kv_b_proj.weight", values_first)),
     "all keys come before all values": (

@@ -10,7 +10,7 @@ from reference.weights import place, random_weights
 
 from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import Transformer
 from dsjax.serving.protocol import Served
 from tests.serving.ports import Port, until
 from tests.serving.spoken import make_served, tokenizer
@@ -28,7 +28,7 @@ def served() -> Served:
 
 
 @functools.cache
-def model() -> DeepSeek:
+def model() -> Transformer:
     """Layers say little beside the embedding, and MTP is the model without them: often right."""
     sizes = {"vocab_size": served().vocab_size, "max_position_embeddings": CONTEXT}
     stops = {"bos_token_id": tokenizer().bos_id, "eos_token_id": tokenizer().eos_id}
