@@ -30,11 +30,11 @@ def main() -> None:
     arguments.call(arguments, ModelOptions.of(arguments))
 
 
-def _chat(_: Namespace, model: ModelOptions) -> None:
+def _chat(asked: Namespace, model: ModelOptions) -> None:
     from dsjax.serving.opening import open_model
     from dsjax.serving.terminal import run_chat
 
-    run_chat(*open_model(model))
+    run_chat(*open_model(model), asked.temperature)
 
 
 def _batch(asked: Namespace, model: ModelOptions) -> None:

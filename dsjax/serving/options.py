@@ -103,6 +103,9 @@ def add_chat(verbs: Verbs, call: Verb) -> None:
         "answers are printed.",
     )
     _add_checkpoint(verb)
+    verb.add_argument("--temperature", type=_temperature, metavar="T",
+                      help="how freely words are chosen; 0: always the likeliest (what the "
+                      "checkpoint says, else 1)")  # fmt: skip
     _add_model(verb)
     verb.set_defaults(call=call, rows=1)
 
@@ -149,6 +152,13 @@ def _size(text: str) -> int:
         units = ", ".join(unit for unit in UNITS if unit)
         raise ArgumentTypeError(f"{text!r} is no size; expected a number and one of {units}")
     return int(float(found[1]) * UNITS[found[2]])
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise ArgumentTypeError(f"{text} is no temperature; expected 0 to 100")
+    return value
 
 
 def _mesh(text: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
 import signal
@@ -88,13 +89,18 @@ class Continuation:
 Talk = Conversation | Continuation
 
 
-def run_chat(engine: Engine, served: Served) -> None:
+def run_chat(engine: Engine, served: Served, temperature: float | None = None) -> None:
     """Talk until the input ends, or whoever reads the answers has had enough.
+
+    `temperature` None: what the checkpoint says, else 1.
 
     Raises:
         KeyboardInterrupt: Ctrl-C where nobody sits at a terminal.
         SystemExit: 143, after SIGTERM.
     """
+    if temperature is not None:
+        defaults = {**served.defaults, "temperature": temperature}
+        served = dataclasses.replace(served, defaults=defaults)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with notes.status("compiling"):

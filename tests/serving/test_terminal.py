@@ -1,5 +1,6 @@
 """Chat: what is remembered, what is shown, and what the keys do."""
 
+import dataclasses
 import io
 import json
 import os
@@ -67,6 +68,16 @@ def test_from_a_pipe_each_line_is_answered_and_remembered(opened, monkeypatch, c
     first, second = ask(opened, "one"), ask(opened, "one", "two")
     assert first != second
     assert capsys.readouterr().out == f"{first}\n{second}\n{first}\n"
+
+
+def test_the_temperature_is_that_of_the_command_line(opened, monkeypatch, capsys):
+    greedy = ask(opened, "one")
+    defaults = {**opened[1].defaults, "temperature": 5.0}
+    free = dataclasses.replace(opened[1], defaults=defaults)
+    for temperature, same in ((None, False), (0.0, True)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+        run_chat(opened[0], free, temperature)
+        assert (capsys.readouterr().out == f"{greedy}\n") == same
 
 
 def test_a_system_message_stands_before_all_else(opened, monkeypatch, capsys):

@@ -1,0 +1,77 @@
+"""The tokenizer inside a GGUF file, as `tokenizer.json` and `tokenizer_config.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+
+from dsjax.errors import UserError
+
+CONTROL, USER_DEFINED = 3, 4
+"""Kinds of tokens that are no pieces of text: special ones, and those that only stand whole."""
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern: str) -> PreTokenizer:
+    cut = Split(Regex(pattern), "isolated")
+    return Sequence([cut, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _pre_tokenizers() -> dict[str, PreTokenizer]:
+    """How text is cut before the merges, by the name that `tokenizer.ggml.pre` gives it."""
+    three_digits, one_digit = _split(_WORDS % r"\p{N}{1,3}"), _split(_WORDS % r"\p{N}")
+    gpt2 = ByteLevel(add_prefix_space=False, use_regex=True)
+    return {
+        "default": gpt2,
+        "gpt-2": gpt2,
+        "smollm": Sequence([Digits(individual_digits=True), gpt2]),
+        "llama-bpe": three_digits,
+        "qwen2": one_digit,
+        "deepseek-r1-qwen": one_digit,
+    }
+
+
+def write_tokenizer(fields: dict[str, Any], folder: Path, file: Path) -> None:
+    """Write the two files, and the chat template in the second.
+
+    Raises:
+        UserError: the tokenizer is of a kind that is not known here.
+    """
+    tokens = fields.get("tokenizer.ggml.tokens")
+    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
+    known = _pre_tokenizers()
+    if not tokens or model != "gpt2" or pre not in known:
+        raise UserError(
+            f"{file}: a tokenizer of model {model!r} that cuts text like {pre!r}; byte-level BPE "
+            f"(gpt2) is read, cutting like {', '.join(known)}"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", ())]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = known[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    config: dict[str, Any] = {
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    for role, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        if (number := fields.get(f"tokenizer.ggml.{field}_token_id")) is not None:
+            config[f"{role}_token"] = tokens[number]
+    if (template := fields.get("tokenizer.chat_template")) is not None:
+        config["chat_template"] = template
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

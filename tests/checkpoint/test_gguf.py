@@ -1,0 +1,208 @@
+"""A GGUF file becomes the folder that it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from reference.configs import DENSE_CONFIGS
+from reference.weights import place, random_weights
+from tokenizers import Tokenizer
+
+from dsjax import load, load_tokenizer
+from dsjax.architecture import DenseConfig, Llama3Config
+from dsjax.checkpoint.gguf import LLAMA3, convert_gguf
+from dsjax.checkpoint.safetensors import read_folder
+from dsjax.errors import UserError
+from dsjax.model.layers import variables
+
+WORDS = ["<|begin|>", "<|end|>", "<think>", *(chr(0x21 + i) for i in range(90)), "Ġ", "th", "the"]
+MERGES = ["t h", "th e"]
+
+# A head must hold quantized blocks of 32 numbers.
+SIZES = {"hidden_size": 64, "head_dim": 8, "intermediate_size": 96, "rms_norm_eps": 1e-5}
+EXTENDED = Llama3Config(**{k: v for k, v in LLAMA3.items() if k != "rope_type"})
+CONFIGS: dict[str, DenseConfig] = {
+    "llama": DENSE_CONFIGS["llama3_tied"].model_copy(
+        update=SIZES | {"rope_scaling": None, "bos_token_id": 0, "eos_token_id": 1}
+    ),
+    "llama3": DENSE_CONFIGS["llama3_tied"].model_copy(
+        update=SIZES | {"rope_scaling": EXTENDED, "tie_word_embeddings": False}
+    ),
+    "qwen2": DENSE_CONFIGS["qwen2"].model_copy(update=SIZES),
+    "qwen3": DENSE_CONFIGS["qwen3_yarn"].model_copy(update=SIZES | {"rope_scaling": None}),
+}
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.": "attn_",
+    "mlp.": "ffn_",
+    "model.layers.": "blk.",
+    "_proj": "",
+}
+
+
+def theirs(name: str) -> str:
+    for ours, gguf_name in NAMES.items():
+        name = name.replace(ours, gguf_name)
+    return name
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Row by row, as llama.cpp's converter leaves a query's or key's weight."""
+    out, size = np.empty_like(weight), len(weight) // heads
+    for head in range(heads):
+        for i in range(size // 2):
+            out[head * size + 2 * i] = weight[head * size + i]
+            out[head * size + 2 * i + 1] = weight[head * size + i + size // 2]
+    return out
+
+
+def write(file: Path, config: DenseConfig, kind: Kind = Kind.F32, **changes: Any) -> dict[str, Any]:
+    """The file, and the weights that are in it, by released names; `changes` are fields."""
+    family = config.model_type
+    writer = gguf.GGUFWriter(file, family)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_tokenizer_model(changes.pop("model", "gpt2"))
+    writer.add_tokenizer_pre(changes.pop("pre", "qwen2"))
+    writer.add_token_list(WORDS)
+    writer.add_token_types([3, 3, 4] + [1] * (len(WORDS) - 3))
+    writer.add_token_merges(MERGES)
+    if config.bos_token_id is not None:
+        writer.add_bos_token_id(config.bos_token_id)
+        writer.add_eos_token_id(config.eos_token_id)
+    writer.add_chat_template("{{ messages }}")
+    for name, value in changes.items():
+        writer.add_string(name.replace("__", "."), value)
+    weights = random_weights(config)
+    for name, weight in weights.items():
+        stored = Kind.F32 if weight.ndim == 1 or weight.shape[-1] % 32 else kind
+        data = gguf.quants.quantize(weight, stored)
+        weights[name] = gguf.quants.dequantize(data, stored)
+        if family == "llama" and (".q_proj." in name or ".k_proj." in name):
+            many = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
+            data = permuted(data, many)
+        writer.add_tensor(theirs(name), data, raw_dtype=stored)
+    if config.rope_scaling is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors(config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def rope_factors(config: DenseConfig) -> np.ndarray:
+    """How much each pair is slowed down, as llama.cpp's converter writes it for Llama 3.1."""
+    factors = []
+    for pair in range(config.head_dim // 2):
+        wavelength = 2 * np.pi * config.rope_theta ** (2 * pair / config.head_dim)
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192 / 1:
+            factors.append(8.0)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            factors.append(1 / ((1 - smooth) / 8 + smooth))
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0, Kind.Q4_1], ids=lambda kind: kind.name)
+def test_a_file_becomes_the_model_that_is_in_it(tmp_path: Path, family: str, kind: Kind) -> None:
+    config = CONFIGS[family].model_copy(update={"rope_theta": 5e4})
+    weights = write(tmp_path / "model.gguf", config, kind)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert model.config == config.model_copy(update={"initializer_range": 0.006})
+    expected = dict(variables(place(config, weights)))
+    for path, variable in variables(model):
+        assert (variable[...] == expected[path][...]).all(), path
+
+
+def test_bfloat16_is_float32_rounded(tmp_path: Path) -> None:
+    weights = write(tmp_path / "model.gguf", CONFIGS["llama"])
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "out", "bfloat16")
+    for name, entry in read_folder(tmp_path / "out").items():
+        assert entry.dtype == "BF16"
+        assert (entry.read() == weights[name].astype(entry.read().dtype)).all()
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", CONFIGS["llama"], pre="smollm")
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+    assert tokenizer.encode("the 12") == [WORDS.index(piece) for piece in ("the", "Ġ", "1", "2")]
+    assert tokenizer.decode(tokenizer.encode("the the!")) == "the the!"
+    assert tokenizer.special_ids == {0, 1} and tokenizer.added_tokens["<think>"] == 2
+    told = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert told["chat_template"] == "{{ messages }}" and told["add_bos_token"] is False
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("llama-bpe", ["don", "'t", "Ġ", "123", "4", "?!\n\n", "Ġ", "Ġx"]),
+        ("qwen2", ["don", "'t", "Ġ", "1", "2", "3", "4", "?!\n\n", "Ġ", "Ġx"]),
+        ("smollm", ["don", "'t", "Ġ", "1", "2", "3", "4", "?!", "\n\nĠ", "Ġx"]),
+        ("gpt-2", ["don", "'t", "Ġ1234", "?!", "\n\nĠ", "Ġx"]),
+    ],
+)
+def test_text_is_cut_as_the_family_cuts_it(tmp_path: Path, pre: str, pieces: list[str]) -> None:
+    write(tmp_path / "model.gguf", CONFIGS["llama"], pre=pre)
+    convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    cutter = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).pre_tokenizer
+    cut = [piece for piece, _ in cutter.pre_tokenize_str("don't 1234?!\n\n  x")]
+    assert [piece.replace("Ċ", "\n") for piece in cut] == pieces
+
+
+def refusal(tmp_path: Path, out: str = "out") -> str:
+    with pytest.raises(UserError) as error:
+        convert_gguf(tmp_path / "model.gguf", tmp_path / out)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*.partial"))
+    return str(error.value)
+
+
+def test_what_would_be_lost_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.gguf"
+    for changes, says in (
+        ({"pre": "unheard-of"}, "cuts text like 'unheard-of'"),
+        ({"model": "llama"}, "model 'llama'"),
+        ({"llama__rope__scaling__type": "yarn"}, "rotary extension 'yarn'"),
+    ):
+        write(file, CONFIGS["llama"], **changes)
+        assert says in refusal(tmp_path)
+    write(file, CONFIGS["llama3"].model_copy(update={"rope_theta": 5e4}))
+    monkeypatch.setitem(LLAMA3, "factor", 4.0)
+    assert "another rotary extension" in refusal(tmp_path)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    assert "cannot be read as GGUF" in refusal(tmp_path)
+    file.write_bytes(b"GGUF" + bytes(range(200)))
+    assert "cannot be read as GGUF" in refusal(tmp_path)
+    write(file, CONFIGS["llama"])
+    file.write_bytes(file.read_bytes()[:-5000])
+    assert "cannot be read as GGUF" in refusal(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert "exists already" in refusal(tmp_path, "there")
