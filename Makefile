@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Most tests wait for the compiler, which keeps one core busy: so two files run at a time.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 INPUTS := pyproject.toml constraints.txt
 
 # The parity tests need torch, and its CPU build is enough: 2.13.0+cpu where pip finds one, else
@@ -25,10 +27,10 @@ demo: .venv/made
 	$(BIN)/python train.py
 
 test: .venv/made-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: .venv/made-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 parity: .venv/made-parity
 	$(BIN)/python -m pytest tests/parity -s

@@ -15,6 +15,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,16 +35,17 @@ from tests.serving.spoken import TEXTS, ids
 
 pytestmark = pytest.mark.slow
 
-REQUESTS, FIRST = 2000, 1000
+PARTS = (1000, 500, 500)
 CLIENTS = 32
 """At the same time; each has up to three sequences."""
 KINDS = 60
 LEAVING = 0.4
 """The share of clients that do not wait for the end."""
 GROWTH, MORE_OBJECTS = 32 * 2**20, 150
-"""Bytes and objects of Python's by which there may be more after all than after the first half.
+"""Bytes and objects of Python's that 500 requests may leave: the second or the third part of all.
 
-Measured: 0 to 11 MiB, and at most 25 objects. The bytes are scratch memory of XLA's threads, which
+Both would leave them if requests did; what is imported or cached late comes once. Measured: 0 to
+11 MiB, and at most 25 objects. The bytes are scratch memory of XLA's threads, which
 come to take theirs one after the other; eight devices have many. On one device nine thousand more
 requests took 2 MiB and no object.
 """
@@ -270,7 +272,7 @@ def test_two_thousand_clients_of_whom_many_leave(
     dice, fates, holds = random.Random(1), Counter(), []
     before, began = engine().stats(), time.monotonic()
     with open_port(engine(), served()) as port:
-        for count in (FIRST, REQUESTS - FIRST):
+        for count in PARTS:
             fates += asyncio.run(crowd(port, asks, count, dice))
             nothing_is_left(port)
             holds.append(held())
@@ -278,7 +280,7 @@ def test_two_thousand_clients_of_whom_many_leave(
     ended = {end: told[f"vllm:request_success_total {end}"] for end in ("stop", "length", "abort")}
     seconds = time.monotonic() - began
     print(f"\n  {seconds:.0f} s; {len(submitted)} sequences: {dict(fates)}, {ended}")
-    print(f"  after {FIRST} and after all: {holds}\n  {stats}")
+    print(f"  after each part: {holds}\n  {stats}")
     assert len(submitted) == len(set(submitted)) == sum(ended.values())
     assert told["vllm:request_success_total error"] == 0
     # Who left may have been answered before; who stayed was.
@@ -289,7 +291,6 @@ def test_two_thousand_clients_of_whom_many_leave(
     assert told["vllm:time_to_first_token_seconds_count"] <= len(submitted)
     for happened in ("preempted", "accepted", "prefix_hits"):
         assert getattr(stats, happened) - getattr(before, happened) > 50, happened
-    first, last = holds
-    assert last.resident - first.resident < GROWTH
-    assert last.objects - first.objects < MORE_OBJECTS
-    assert last.arrays == first.arrays
+    for what, bound in (("resident", GROWTH), ("objects", MORE_OBJECTS), ("arrays", 1)):
+        sizes = [getattr(one, what) for one in holds]
+        assert min(after - before for before, after in pairwise(sizes)) < bound, (what, sizes)
