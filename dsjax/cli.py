@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from dsjax.errors import UserError, one_line
 
@@ -19,6 +20,7 @@ examples:
   dsjax inspect v3-671b            a model named in configs/model/
   dsjax inspect ./DeepSeek-R1      a Hugging Face folder; only headers are read
   dsjax inspect v3-671b --json     the same for programs
+  dsjax convert ./DeepSeek-R1 ./r1 --dry-run       what a conversion would do
 
 `dsjax VERB --help` explains a verb. Exit codes: 0 done, 2 your input is wrong, 1 our fault.
 """
@@ -63,6 +65,7 @@ def _call_verb() -> None:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_inspect(verbs)
+    _add_convert(verbs)
     arguments = vars(parser.parse_args())
     arguments.pop("verb")(**arguments)
 
@@ -77,13 +80,79 @@ def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument(
         "source",
         metavar="CONFIG|FOLDER",
-        help="a Hugging Face folder, a config.json, a YAML file, or a name under configs/",
+        help="a Hugging Face folder, dsjax weights, a run, a config.json, a YAML file, or a name "
+        "under configs/",
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb.add_argument(
+        "--verify",
+        action="store_true",
+        help="first read every file of a folder, and check it against the manifest.json that "
+        "dsjax wrote there",
+    )
     verb.set_defaults(verb=_inspect)
 
 
-def _inspect(source: str, json: bool) -> None:
+def _inspect(source: str, json: bool, verify: bool) -> None:
     from dsjax.checkpoint.inspect import inspect
 
-    inspect(source, as_json=json)
+    inspect(source, as_json=json, verify=verify)
+
+
+CONVERT = """\
+Bring a model from one format to another: a Hugging Face folder (safetensors), dsjax weights (read
+by orbax, and by dsjax slice by slice), or, to read from, the newest checkpoint of a training run.
+
+Numbers are kept as they are stored unless --dtype says otherwise; FP8 keeps its bits and scales.
+The MTP layer, config.json, generation_config.json, tokenizer and chat templates travel along. The
+model streams by in some 300 MB of memory, whatever its size. DST is written as DST.partial and
+gets its name when it is whole; killed, the same command goes on where it was."""
+
+CONVERT_EXAMPLES = """\
+examples:
+  dsjax convert DeepSeek-R1 r1 --dry-run            tensors, files, bytes, memory, disk
+  dsjax convert DeepSeek-R1 r1                      to dsjax weights, in FP8 as released
+  dsjax convert DeepSeek-R1 r1 --dtype bfloat16     the same, widened
+  dsjax convert DeepSeek-R1 r1-bf16 --to hf --dtype bfloat16
+                                                    a Hugging Face folder in bfloat16
+  dsjax convert runs/demo demo-hf                   a run, for other libraries
+  dsjax inspect --verify r1                         later: is every byte still there?
+"""
+
+
+def _add_convert(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "convert",
+        help="from Hugging Face folders to dsjax weights and back, in a chosen dtype",
+        description=CONVERT,
+        epilog=CONVERT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("source", metavar="SRC", type=Path, help="the folder that holds the model")
+    verb.add_argument(
+        "destination", metavar="DST", type=Path, help="a folder that is not there yet"
+    )
+    verb.add_argument(
+        "--to",
+        metavar="dsjax|hf",
+        help="what DST will be; left out: dsjax from a Hugging Face folder, hf from the others",
+    )
+    verb.add_argument(
+        "--dtype",
+        metavar="float32|bfloat16|fp8",
+        help="what numbers become (router biases: float32; fp8: what DeepSeek quantizes, the rest "
+        "in bfloat16); left out: as they are stored",
+    )
+    verb.add_argument(
+        "--verify", action="store_true", help="at the end read DST again, and compare it with SRC"
+    )
+    verb.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, from headers; write nothing"
+    )
+    verb.set_defaults(verb=_convert)
+
+
+def _convert(source: Path, destination: Path, **options: Any) -> None:
+    from dsjax.checkpoint.convert import convert
+
+    convert(source, destination, **options)

@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from dsjax.architecture import DeepSeekConfig, DenseConfig, ModelConfig
-from dsjax.checkpoint.safetensors import Entry
 from dsjax.errors import UserError
 
 KINDS = (
@@ -40,6 +40,20 @@ QUANTIZED = {ATTENTION, DENSE, ROUTED, SHARED}
 
 FP8 = "F8_E4M3"
 FP8_BLOCK = 128
+
+
+class Described(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def dtype(self) -> str:
+        """By the name that safetensors has for it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in the released files."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -227,7 +241,7 @@ def _places(row: Row, layers: range | None, experts: int) -> Iterator[tuple[str,
             yield name, (i,)
 
 
-def without_absent_mtp(config: ModelConfig, stored: Mapping[str, Entry]) -> ModelConfig:
+def without_absent_mtp(config: ModelConfig, stored: Mapping[str, Described]) -> ModelConfig:
     """The same model without MTP layers if the files hold not one tensor of theirs.
 
     The transformers library writes such folders: it drops the weights and keeps the config's key.
@@ -241,7 +255,7 @@ def without_absent_mtp(config: ModelConfig, stored: Mapping[str, Entry]) -> Mode
     return config.model_copy(update={"num_nextn_predict_layers": 0})
 
 
-def match(config: ModelConfig, stored: Mapping[str, Entry], source: Path) -> list[Tensor]:
+def match(config: ModelConfig, stored: Mapping[str, Described], source: Path) -> list[Tensor]:
     """Account for every stored tensor and every weight of the model; return the model's.
 
     Raises:

@@ -1,11 +1,13 @@
-"""Loading a Hugging Face folder into a model, every weight straight to where it belongs.
+"""Loading files into a model, every weight straight to where it belongs.
 
 Each device's slice of each parameter is put together from views of the files: a host reads only
-what its devices hold, and beside the finished parameters it holds one more at a time.
+what its devices hold, and beside the finished parameters it holds one more at a time. FP8 is
+widened on the way, slice by slice.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,27 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor, match, without_absent_mtp
+from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
 from dsjax.checkpoint.hf_config import read_config
-from dsjax.checkpoint.safetensors import DTYPES, Entry, read_folder
+from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.checkpoint.source import Source, Stored, open_source
+from dsjax.checkpoint.streams import same_numbers
 from dsjax.errors import UserError
 from dsjax.model.layers import variable_axes, variables
 from dsjax.model.transformer import Transformer
+from dsjax.numerics.fp8_host import dequantize_into
 from sharding.rules import Layout
 
 __all__ = ["load_huggingface", "read_config"]
 
 HELD = {name: DTYPES[name] for name in ("F32", "BF16")}
-"""What a weight may be stored and held as."""
+"""What a weight may be held as, and stored as unless it is FP8."""
 
 CACHE_LINE = 64
-CHUNK_BYTES = 1 << 24
 
 
 def load_huggingface(
     folder: str | Path, dtype: Any = None, layout: Layout | None = None
 ) -> Transformer:
-    """The model of a folder with `config.json` and safetensors.
+    """The model of a Hugging Face folder, or of weights that `dsjax convert` wrote.
 
     A folder whose config promises MTP layers but which holds no tensor of theirs loads without,
     and says so on stderr.
@@ -45,27 +49,31 @@ def load_huggingface(
     Args:
         folder: the folder.
         dtype: float32 or bfloat16, to cast all but the router biases, which are always float32.
-            None keeps each weight as it is stored, and computes as the embedding is stored.
+            None keeps each weight as it is stored, and computes as the embedding is stored; FP8
+            becomes bfloat16, and that is said on stderr.
         layout: where the weights go; None puts them all on the default device.
 
     Raises:
         UserError: the config or a file is damaged; a tensor is missing, unknown, misshaped, not
             finite, or stored in a way that cannot be held; a repeat differs from what it repeats.
     """
-    folder = Path(folder)
     wanted = None if dtype is None else jnp.dtype(dtype)
     if wanted is not None and wanted not in HELD.values():
         raise UserError(f"dtype={wanted}: weights are held as float32 or bfloat16; choose one")
-    promised, stored = read_config(folder), read_folder(folder)
-    config = without_absent_mtp(promised, stored)
-    if config != promised:
+    source = open_source(Path(folder))
+    if source.config != source.promised:
         print(f"{folder}: holds no MTP weights; the model is loaded without", file=sys.stderr)
-    parts = match(config, stored, folder)
-    _check_dtypes(parts, stored)
-    _check_repeats(parts, stored)
+    _check_dtypes(source.parts, source.stored)
+    _check_repeats(source.parts, source.stored)
+    if wanted is None and any(source.stored[t.name].dtype == FP8 for t in source.parts):
+        print(f"{folder}: FP8 weights are widened to bfloat16", file=sys.stderr)
+    return _build(source, wanted, layout)
 
+
+def _build(source: Source, wanted: np.dtype[Any] | None, layout: Layout | None) -> Transformer:
+    config, stored = source.config, source.stored
     pieces: dict[str, list[Tensor]] = defaultdict(list)
-    for tensor in parts:
+    for tensor in source.parts:
         pieces[tensor.path].append(tensor)
     dtypes = {path: _held_dtype(pieces[path], stored, wanted) for path in pieces if path}
     computed = dtypes["embed.weight"]
@@ -87,13 +95,13 @@ def _place(variable: Any, layout: Layout | None) -> Sharding:
 
 def _load(
     pieces: list[Tensor],
-    stored: Mapping[str, Entry],
+    stored: Mapping[str, Stored],
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     place: Sharding,
 ) -> jax.Array:
     """One parameter, each device's slice read from the tensors that it crosses."""
-    names = {tensor.index: tensor.name for tensor in pieces}
+    by_index = {tensor.index: tensor for tensor in pieces}
     inner = pieces[0].inner
     stacked = len(shape) - len(inner)
 
@@ -102,16 +110,65 @@ def _load(
         ranges = [range(size)[part] for part, size in zip(slices, shape, strict=True)]
         out = _empty(tuple(len(r) for r in ranges), dtype)
         for here in np.ndindex(out.shape[:stacked]):
-            name = names[tuple(r[i] for r, i in zip(ranges, here, strict=False))]
-            part = stored[name].read().reshape(inner)[slices[stacked:]]
-            if not np.isfinite(part).all():
-                raise UserError(
-                    f"{stored[name].file}: {name} holds NaN or infinity; fetch it again"
-                )
-            out[here] = part
+            tensor = by_index[tuple(r[i] for r, i in zip(ranges, here, strict=False))]
+            _read_slice(out[here], tensor, stored, slices[stacked:])
         return out
 
     return jax.make_array_from_callback(shape, place, read)
+
+
+def _read_slice(
+    out: np.ndarray, tensor: Tensor, stored: Mapping[str, Stored], slices: tuple[slice, ...]
+) -> None:
+    """A slice of one tensor, cast or widened into `out`."""
+    entry = stored[tensor.name]
+    where = f"{entry.file}: {tensor.name}"
+    if entry.dtype == FP8 and tensor.scale:
+        scales = stored[tensor.scale[0]].read()
+        part = _widen(entry.read(), scales, tensor, slices, where, out.dtype)
+    else:
+        part = entry.read().reshape(tensor.inner)[slices]
+    if not np.isfinite(part).all():
+        raise UserError(f"{where} holds NaN or infinity; fetch it again")
+    out[...] = part
+
+
+def _widen(
+    values: np.ndarray,
+    scales: np.ndarray,
+    tensor: Tensor,
+    slices: tuple[slice, ...],
+    where: str,
+    dtype: np.dtype[Any],
+) -> np.ndarray:
+    """The slice of a weight in FP8 and, where heads are merged in the file, of whole heads.
+
+    Blocks are of the file's rows and columns, each of which may be several of our dimensions. Of
+    them the first is cut before anything is widened, the others after.
+    """
+    inner, split = tensor.inner, _dimensions_of_rows(tensor)
+    box, begins = [], []
+    for group in (range(split), range(split, len(inner))):
+        width = math.prod(inner[i] for i in group[1:])
+        cut = range(inner[group[0]])[slices[group[0]]]
+        begins.append(cut.start * width)
+        box.append(slice(cut.start * width, cut.stop * width))
+    rows, columns = box
+    part = values[rows, columns]
+    wide = np.empty(part.shape, dtype)
+    dequantize_into(wide, part, scales, where, (begins[0], begins[1]))
+    first = (0, split)
+    shape = [-1 if i in first[:1] else size for i, size in enumerate(inner)]
+    shape[split] = part.shape[1] // math.prod(inner[split + 1 :])
+    rest = tuple(slice(None) if i in first else cut for i, cut in enumerate(slices))
+    return wide.reshape(shape)[rest]
+
+
+def _dimensions_of_rows(tensor: Tensor) -> int:
+    """How many of our dimensions the file's rows are; the others are its columns."""
+    return next(
+        n for n in range(1, len(tensor.inner)) if math.prod(tensor.inner[:n]) == tensor.shape[0]
+    )
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -122,15 +179,16 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _check_dtypes(parts: Iterable[Tensor], stored: Mapping[str, Entry]) -> None:
+def _check_dtypes(parts: Iterable[Tensor], stored: Mapping[str, Stored]) -> None:
     for tensor in parts:
         entry = stored[tensor.name]
-        if entry.dtype == FP8:
-            raise UserError(
-                f"{entry.file}: {tensor.name} is stored as {FP8}; FP8 weights are not supported "
-                "yet: convert the folder to BF16 first"
-            )
-        if entry.dtype not in HELD:
+        if entry.dtype == FP8 and tensor.scale:
+            scales = stored[tensor.scale[0]]
+            if scales.dtype != "F32":
+                raise UserError(
+                    f"{scales.file}: {tensor.scale[0]} is stored as {scales.dtype}; expected F32"
+                )
+        elif entry.dtype not in HELD:
             raise UserError(
                 f"{entry.file}: {tensor.name} is stored as {entry.dtype}; "
                 f"expected {' or '.join(HELD)}"
@@ -138,38 +196,28 @@ def _check_dtypes(parts: Iterable[Tensor], stored: Mapping[str, Entry]) -> None:
 
 
 def _held_dtype(
-    pieces: list[Tensor], stored: Mapping[str, Entry], wanted: np.dtype[Any] | None
+    pieces: list[Tensor], stored: Mapping[str, Stored], wanted: np.dtype[Any] | None
 ) -> np.dtype[Any]:
     """What one parameter is held as."""
     if pieces[0].kind == ROUTER_BIAS:
         return HELD["F32"]
     if wanted is not None:
         return wanted
-    found = {stored[tensor.name].dtype: tensor.name for tensor in pieces}
+    held = {FP8: "BF16"}  # The only one that is not held as it is stored.
+    dtypes = {tensor.name: stored[tensor.name].dtype for tensor in pieces}
+    found = {held.get(dtype, dtype): name for name, dtype in dtypes.items()}
     if len(found) > 1:
-        both = " and ".join(f"{name} as {dtype}" for dtype, name in found.items())
+        both = " and ".join(f"{name} as {dtypes[name]}" for name in found.values())
         where = stored[pieces[0].name].file.parent
         raise UserError(f"{where}: stored in two ways: {both}; choose one by dtype=")
     return HELD[next(iter(found))]
 
 
-def _check_repeats(parts: Iterable[Tensor], stored: Mapping[str, Entry]) -> None:
+def _check_repeats(parts: Iterable[Tensor], stored: Mapping[str, Stored]) -> None:
     """MTP shares embedding and head: its copies in the files must be copies."""
     for tensor in parts:
-        if tensor.repeats and not _same_bytes(stored[tensor.name], stored[tensor.repeats]):
+        if tensor.repeats and not same_numbers(stored[tensor.name], stored[tensor.repeats]):
             raise UserError(
                 f"{stored[tensor.name].file}: {tensor.name} differs from {tensor.repeats}, "
                 "which the MTP layer shares; they must be the same"
             )
-
-
-def _same_bytes(one: Entry, other: Entry) -> bool:
-    """Whether two tensors are equal bit by bit, compared a chunk at a time."""
-    if one.dtype != other.dtype:
-        return False
-    with one.file.open("rb") as a, other.file.open("rb") as b:
-        a.seek(one.start)
-        b.seek(other.start)
-        chunks = range(0, one.nbytes, CHUNK_BYTES)
-        sizes = (min(CHUNK_BYTES, one.nbytes - begin) for begin in chunks)
-        return all(a.read(size) == b.read(size) for size in sizes)

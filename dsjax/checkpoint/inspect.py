@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from dsjax.architecture import DeepSeekConfig, ModelConfig
 from dsjax.checkpoint.families import (
@@ -19,18 +17,26 @@ from dsjax.checkpoint.families import (
     ROUTED,
     ROUTER_BIAS,
     Tensor,
-    match,
     tensors,
-    without_absent_mtp,
 )
 from dsjax.checkpoint.hf_config import read_config
-from dsjax.checkpoint.safetensors import Entry, read_folder
+from dsjax.checkpoint.manifest import MANIFEST, DamagedError, verify
+from dsjax.checkpoint.source import Stored, open_source
+from dsjax.checkpoint.tables import human, table
 from dsjax.config_files import CONFIGS, find_config, load_model_config, load_run_config, read_yaml
+from dsjax.errors import UserError
 
 
-def inspect(source: str, *, as_json: bool) -> None:
-    """Print `report(source)`: as tables, or as one JSON object."""
+def inspect(source: str, *, as_json: bool, verify: bool = False) -> None:
+    """Print `report(source)`: as tables, or as one JSON object; with `verify`, check files first.
+
+    Raises:
+        UserError: as `report`; or a file is not what the folder's manifest says, or it has none.
+    """
+    checked = _check_files(Path(source)) if verify else None
     found = report(source)
+    if checked:
+        found["verified"] = checked
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -52,16 +58,20 @@ def report(source: str) -> dict[str, Any]:
     biases are always float32, and fp8 is that of the release: scales, and bfloat16 for the rest.
 
     Args:
-        source: a Hugging Face folder, its config.json, a YAML file, or a name under `configs/`.
+        source: a Hugging Face folder, dsjax weights, a run, a config.json, a YAML file, or a name
+            under `configs/`.
 
     Raises:
         UserError: it cannot be read, or the folder's tensors are not those of its config.
     """
     path = Path(source)
-    stored = read_folder(path) if path.is_dir() else {}
-    promised = _read_config(path)
-    config = without_absent_mtp(promised, stored) if stored else promised
-    parts = match(config, stored, path) if stored else list(tensors(config))
+    if path.is_dir():
+        opened = open_source(path)
+        promised, config = opened.promised, opened.config
+        parts, stored = opened.parts, opened.stored
+    else:
+        promised = config = _read_config(path)
+        parts, stored = list(tensors(config)), {}
     return {
         "source": source,
         "family": config.model_type,
@@ -76,9 +86,31 @@ def report(source: str) -> dict[str, Any]:
     }
 
 
+def _check_files(folder: Path) -> dict[str, int]:
+    """Files and bytes of a folder, once every byte is what its manifest says.
+
+    Of a run, those of the newest checkpoint that is sound.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: --verify takes a folder")
+    if (folder / "checkpoints").is_dir():
+        from dsjax.checkpoint.run_weights import newest_step
+
+        folder, _ = newest_step(folder)
+    elif not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder}: has no {MANIFEST} to check it against; `dsjax convert` makes it"
+        )
+    else:
+        try:
+            verify(folder, None)
+        except DamagedError as damage:
+            raise UserError(f"{folder}: damaged: {damage}; convert or copy it again") from None
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+
+
 def _read_config(path: Path) -> ModelConfig:
-    if path.is_dir():
-        return read_config(path)
     if path.name == "config.json":
         return read_config(path.parent)
     models, name = CONFIGS / "model", f"{path}.yaml"
@@ -127,7 +159,7 @@ def _bytes(parts: list[Tensor]) -> dict[str, dict[str, int]]:
     return {"unique": dict(unique), "file": dict(unique + repeated)}
 
 
-def _stored(stored: Mapping[str, Entry]) -> dict[str, Any]:
+def _stored(stored: Mapping[str, Stored]) -> dict[str, Any]:
     """What the headers say: files, tensors and bytes, by dtype."""
     count, size = Counter[str](), Counter[str]()
     for entry in stored.values():
@@ -148,18 +180,21 @@ def _show(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
     counts, layers, stored = found["parameters"], found["mtp_layers"], found["stored"]
     console.print(f"{found['source']}: {found['family']}", markup=False, soft_wrap=True)
+    if checked := found.get("verified"):
+        size = human(checked["bytes"])
+        console.print(f"verified: {checked['files']:,} files, {size}, as in {MANIFEST}")
     if layers["found"] < layers["config"]:
         console.print("config.json promises MTP layers, but the files hold none")
 
     console.print()
-    kinds = _table(console, "parameters", "main model", "MTP")
+    kinds = table(console, "parameters", "main model", "MTP")
     for kind, count in counts["by_kind"].items():
         kinds.add_row(kind, f"{count['main']:,}", f"{count['mtp']:,}")
     kinds.add_row("total", f"{counts['main']:,}", f"{counts['mtp']:,}", style="bold")
     console.print(kinds)
 
     console.print()
-    totals = _table(console, "all together", "numbers", "")
+    totals = table(console, "all together", "numbers", "")
     for key, meaning in (
         ("unique", "main model and MTP"),
         ("file", "as the files count, MTP's repeats included"),
@@ -170,30 +205,15 @@ def _show(found: dict[str, Any]) -> None:
     console.print(totals)
 
     console.print()
-    sizes = _table(console, "if held in", "model", "files")
+    sizes = table(console, "if held in", "model", "files")
     for dtype, size in found["bytes"]["unique"].items():
-        sizes.add_row(dtype, _human(size), _human(found["bytes"]["file"][dtype]))
+        sizes.add_row(dtype, human(size), human(found["bytes"]["file"][dtype]))
     console.print(sizes)
 
     if stored:
         console.print()
-        here = _table(console, f"stored in {stored['files']:,} files", "tensors", "bytes")
+        here = table(console, f"stored in {stored['files']:,} files", "tensors", "bytes")
         for dtype, part in stored["by_dtype"].items():
             here.add_row(dtype, f"{part['tensors']:,}", f"{part['bytes']:,}")
         here.add_row("total", f"{stored['tensors']:,}", f"{stored['bytes']:,}", style="bold")
         console.print(here)
-
-
-def _table(console: Console, *titles: str) -> Table:
-    table = Table(box=box.SIMPLE if console.is_terminal else None, header_style="bold")
-    for place, title in enumerate(titles):
-        table.add_column(title, justify="right" if place and title else "left", no_wrap=True)
-    return table
-
-
-def _human(size: int) -> str:
-    """Bytes in decimal units: 1,365.3 GB is 1,365.3e9 bytes."""
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if size >= 10**power:
-            return f"{size / 10**power:,.1f} {unit}"
-    return f"{size} bytes"

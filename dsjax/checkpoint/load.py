@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsjax.checkpoint.huggingface import load_huggingface
+from dsjax.checkpoint.source import RUN, kind_of
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import load_run_config
 from dsjax.errors import UserError
@@ -24,9 +25,10 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
     """Load a model.
 
     Args:
-        path: a Hugging Face folder of the deepseek_v3 family, or the directory of a run.
-        dtype: float32 or bfloat16, to hold and compute in; None keeps what is stored. Router
-            biases are always float32.
+        path: a Hugging Face folder of a family in `checkpoint/families.py`, weights that `dsjax
+            convert` wrote, or the directory of a run.
+        dtype: float32 or bfloat16, to hold and compute in; None keeps what is stored, but widens
+            FP8 to bfloat16. Router biases are always float32.
         mesh: made by `sharding.mesh.make_mesh`; None puts everything on the default device.
 
     Raises:
@@ -34,12 +36,9 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
     """
     folder = Path(path)
     layout = None if mesh is None else Layout(mesh)
-    if (folder / "checkpoints").is_dir():
+    if kind_of(folder) == RUN:
         return _load_run(folder, dtype, layout)
-    if (folder / "config.json").is_file():
-        return load_huggingface(folder, dtype, layout)
-    found = "a folder without config.json or checkpoints/" if folder.is_dir() else "no such folder"
-    raise UserError(f"{folder}: {found}; expected a Hugging Face folder or a run directory")
+    return load_huggingface(folder, dtype, layout)
 
 
 def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> Transformer:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,18 +29,30 @@ MANIFEST = "manifest.json"
 Leaves = dict[str, dict[str, Any]]
 """Shape and dtype of every array by name: `{"step": {"shape": [], "dtype": "int32"}}`."""
 
+Digest = dict[str, Any]
+"""What the manifest says of a file: `{"bytes": 57, "sha256": "..."}`."""
+
 
 class DamagedError(Exception):
     """A checkpoint is not, byte for byte, what its manifest says; the message names the file."""
 
 
-def write_manifest(folder: Path, step: int, leaves: Leaves) -> None:
+def write_manifest(
+    folder: Path, step: int | None, leaves: Leaves, known: Mapping[str, Digest] | None = None
+) -> None:
     """Hash every file of `folder`, write its manifest, and flush all of it to the disk.
 
     Nothing may change in `folder` afterwards. Files are hashed in parallel; one pass reads each.
+    What is `known` of a file, which was hashed and flushed as it was written, is taken as it is.
+    `step` is None where the folder is of no run.
     """
     paths = _files_of(folder)
-    entries = _in_parallel(lambda path: _digest(path, flush=True), paths)
+    known = known or {}
+
+    def entry(path: Path) -> Digest:
+        return known.get(path.relative_to(folder).as_posix()) or _digest(path, flush=True)
+
+    entries = _in_parallel(entry, paths)
     body = {
         "step": step,
         "leaves": leaves,
@@ -55,7 +67,7 @@ def write_manifest(folder: Path, step: int, leaves: Leaves) -> None:
         flush_directory(directory)
 
 
-def verify(folder: Path, step: int) -> Leaves:
+def verify(folder: Path, step: int | None) -> Leaves:
     """The leaves of the checkpoint in `folder`, once every byte of it has been checked.
 
     Raises `DamagedError` when a file is changed, truncated, unreadable, missing or surplus, or when
@@ -90,7 +102,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return json.loads(data)
 
 
-def _check_files(folder: Path, listed: dict[str, dict[str, Any]]) -> None:
+def _check_files(folder: Path, listed: dict[str, Digest]) -> None:
     """Raise `DamagedError` unless `folder` holds exactly the `listed` files, bit for bit."""
     found = {path.relative_to(folder).as_posix() for path in _files_of(folder)}
     if missing := listed.keys() - found:
@@ -120,7 +132,7 @@ def _in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> l
         return list(pool.map(function, items))
 
 
-def _digest(path: Path, flush: bool = False) -> dict[str, Any]:
+def _digest(path: Path, flush: bool = False) -> Digest:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if flush:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,21 @@ class Entry:
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape).view(
             np.ndarray
         )
+
+    def read_flat(self, begin: int, end: int) -> np.ndarray:
+        """Numbers `begin` to `end`, in the file's order, in memory of their own.
+
+        A view would count the file's pages as this process's memory; a stream must not.
+        """
+        size = DTYPES[self.dtype].itemsize
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), (end - begin) * size, self.start + begin * size)
+        except OSError as error:
+            raise UserError(f"{self.file}: cannot be read: {one_line(error)}") from error
+        if len(data) < (end - begin) * size:
+            raise UserError(f"{self.file}: became shorter while it was read; fetch it again")
+        return np.frombuffer(data, DTYPES[self.dtype])
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:

@@ -82,7 +82,7 @@ def dequantize_into(
     Raises:
         UserError: a scale is NaN, infinite, zero or negative, or scales do not reach far enough.
     """
-    _check_scales(scales, values.shape, start, where)
+    check_scales(scales, values.shape, where, start)
     if values.size == 0:
         return
     row, column = start
@@ -114,9 +114,17 @@ def _tables(scales: Float32[np.ndarray, "B"], dtype: np.dtype[Any]) -> Float[np.
         return (E4M3_VALUES * scales[:, None]).astype(dtype).ravel()
 
 
-def _check_scales(
-    scales: Float32[np.ndarray, "_ _"], shape: tuple[int, ...], start: tuple[int, int], where: str
+def check_scales(
+    scales: Float32[np.ndarray, "_ _"],
+    shape: tuple[int, ...],
+    where: str,
+    start: tuple[int, int] = (0, 0),
 ) -> None:
+    """Refuse scales that are not positive numbers, or too few for values of this shape.
+
+    Raises:
+        UserError: as `dequantize_into` says, whose arguments these are.
+    """
     needed = scale_shape((start[0] + shape[0], start[1] + shape[1]))
     if scales.shape[0] < needed[0] or scales.shape[1] < needed[1]:
         raise UserError(

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from rich.filesize import decimal
 
 from dsjax.architecture import ModelConfig
-from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.load import load
-from dsjax.config_files import load_run_config
+from dsjax.checkpoint.source import read_folder_config
 from dsjax.errors import UserError
 from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
@@ -34,7 +32,7 @@ def open_model(options: ModelOptions) -> tuple[Engine, Served]:
     Raises:
         UserError: the checkpoint cannot be served, or not in this room; the message says why.
     """
-    config = _read_config(options.checkpoint)
+    config = read_folder_config(options.checkpoint)
     longest = config.max_position_embeddings
     context = min(DEFAULT_CONTEXT, longest) if options.context is None else options.context
     if context > longest:
@@ -67,18 +65,6 @@ def token_bytes(config: ModelConfig, itemsize: int, drafts: int) -> int:
     return (
         math.prod(cache_shape(config, mtp=config.num_nextn_predict_layers > 0 < drafts)) * itemsize
     )
-
-
-def _read_config(checkpoint: Path) -> ModelConfig:
-    """The architecture, before any weight is touched."""
-    if (checkpoint / "checkpoints").is_dir():
-        return load_run_config(checkpoint / "config.yaml").model
-    if (checkpoint / "config.json").is_file():
-        return read_config(checkpoint)
-    found = (
-        "holds neither checkpoints/ nor config.json" if checkpoint.is_dir() else "no such folder"
-    )
-    raise UserError(f"{checkpoint}: {found}; expected a run directory or a Hugging Face folder")
 
 
 def _cache_tokens(memory: int | None, size: int, settings: EngineSettings, groups: int) -> int:

@@ -211,13 +211,6 @@ def test_missing_surplus_and_misshaped_tensors_are_refused(
     assert "1 missing (model.norm.weight); 1 unknown (surplus); 1 misshaped (lm_head" in message
 
 
-def test_fp8_weights_are_refused_for_now(write_folder: Write, weights: Weights) -> None:
-    name = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"
-    weights[name] = weights[name].astype(ml_dtypes.float8_e4m3fn)
-    weights[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
-    assert "FP8 weights are not supported yet" in refusal(write_folder(weights))
-
-
 def test_float16_weights_are_refused(write_folder: Write, weights: Weights) -> None:
     weights["model.norm.weight"] = weights["model.norm.weight"].astype(np.float16)
     assert "is stored as F16; expected F32 or BF16" in refusal(write_folder(weights))

@@ -1,0 +1,241 @@
+"""`dsjax convert`: a model from one format to another, as a stream. Imports no jax.
+
+Memory is bounded whatever the model's size, every tensor arrives, and what is written gets its name
+by one `rename` when all of it is on the disk. Killed, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from dsjax.checkpoint.conversion import DSJAX, DTYPE_NAMES, FORMATS, HF, Job, Plan, make_plan
+from dsjax.checkpoint.journal import Journal
+from dsjax.checkpoint.manifest import flush_directory, write_manifest
+from dsjax.checkpoint.source import HUGGING_FACE, Source, open_source
+from dsjax.checkpoint.streams import same_numbers
+from dsjax.checkpoint.tables import human, table
+from dsjax.checkpoint.writing import (
+    THREAD_BYTES,
+    THREADS,
+    Advance,
+    compare_job,
+    in_threads,
+    write_job,
+)
+from dsjax.errors import UserError, one_line
+
+PROCESS_BYTES = 120_000_000
+"""What the interpreter and its libraries take, about."""
+
+TENSOR_BYTES = 4_000
+"""What the plan takes for each tensor, about."""
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    to: str | None = None,
+    dtype: str | None = None,
+    verify: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Convert the model in `source`, and say at the end what was written.
+
+    Args:
+        source: a Hugging Face folder, dsjax weights, or the directory of a run.
+        destination: a folder that does not exist yet.
+        to: "hf" or "dsjax"; None takes the one that the source is not.
+        dtype: float32, bfloat16 or fp8; None keeps what is stored.
+        verify: read everything again at the end, and compare it with the source.
+        dry_run: only say what would be done, from headers.
+
+    Raises:
+        UserError: the source cannot be converted, or the destination not be written.
+    """
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPE_NAMES)}")
+    if to is not None and to not in FORMATS:
+        raise UserError(f"--to {to}: expected one of {', '.join(FORMATS)}")
+    _check_place(source, destination)
+    opened = open_source(source)
+    to = to or (DSJAX if opened.kind == HUGGING_FACE else HF)
+    plan = make_plan(opened, to, dtype)
+    if dry_run:
+        _show(plan, opened, destination, to)
+        return
+    begin = time.monotonic()
+    journal = Journal(_partial(destination), _identity(opened, plan, to, dtype))
+    try:
+        _convert(plan, journal, verify)
+        os.rename(journal.partial, destination)
+        flush_directory(destination.parent)
+    except UserError:
+        journal.remove()
+        raise
+    except OSError as error:
+        journal.close()
+        raise UserError(
+            f"{journal.partial}: cannot be written: {one_line(error)}; the same command goes on "
+            "from here"
+        ) from error
+    journal.remove()
+    seconds = time.monotonic() - begin
+    print(
+        f"{destination}: {sum(1 for _ in plan.items):,} tensors, {human(plan.bytes_out)} in "
+        f"{len(plan.jobs):,} {'shards' if to == HF else 'chunks'}, {seconds:.1f} s"
+        f"{', verified' * verify}"
+    )
+
+
+def _check_place(source: Path, destination: Path) -> None:
+    if os.path.lexists(destination):
+        raise UserError(f"{destination}: exists already; choose a new folder")
+    if not destination.absolute().parent.is_dir():
+        raise UserError(f"{destination}: {destination.absolute().parent} is no folder; make it")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{destination}: lies inside the source {source}; choose a place outside")
+
+
+def _partial(destination: Path) -> Path:
+    destination = destination.absolute()
+    return destination.with_name(f"{destination.name}.partial")
+
+
+def _identity(source: Source, plan: Plan, to: str, dtype: str | None) -> dict[str, Any]:
+    """What must be the same for a conversion to go on: the options, the source, the layout."""
+    files = {entry.file for entry in source.stored.values()} | set(source.carried.values())
+    stats = [(str(file.relative_to(source.folder)), file.stat()) for file in sorted(files)]
+    described = {
+        "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "config": source.config.model_dump(),
+        "outputs": [(output.path, output.nbytes) for job in plan.jobs for output in job.outputs],
+    }
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return {"options": f"--to {to} --dtype {dtype or 'as stored'}", "described": digest}
+
+
+def _convert(plan: Plan, journal: Journal, verify: bool) -> None:
+    """Write everything into the folder beside the destination, its manifest last."""
+    folder = journal.partial
+    left = [job for job in plan.jobs if any(o.path not in journal.done for o in job.outputs)]
+    _check_room(folder, plan.bytes_out - sum(d["bytes"] for d in journal.done.values()))
+    both = sum(job.bytes_in + job.bytes_out for job in plan.jobs)
+    done = both - sum(job.bytes_in + job.bytes_out for job in left)
+    with _bar() as bar:
+        task = bar.add_task("converting", total=both, completed=done)
+        advance = partial(bar.advance, task)
+        repeats = [partial(_check_repeat, *repeat) for repeat in plan.repeats]
+        in_threads([*repeats, *(partial(_write, job, journal, advance) for job in left)])
+        for name, data in plan.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        if verify:
+            task = bar.add_task("verifying", total=both)
+            advance = partial(bar.advance, task)
+            in_threads([partial(_compare, job, folder, advance) for job in plan.jobs])
+            _compare_files(plan, folder)
+    write_manifest(folder, None, plan.leaves, journal.done)
+
+
+def _write(job: Job, journal: Journal, advance: Advance, stop: Event) -> None:
+    written = write_job(job, journal.partial, stop, advance)
+    if not stop.is_set():
+        journal.add(written)
+
+
+def _compare(job: Job, folder: Path, advance: Advance, stop: Event) -> None:
+    compare_job(job, folder, stop, advance)
+
+
+def _compare_files(plan: Plan, folder: Path) -> None:
+    """The small ones; and nothing else may be there."""
+    outputs = {output.path for job in plan.jobs for output in job.outputs}
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    if found != outputs | plan.files.keys():
+        raise UserError(f"{folder}: files appeared or went while it was written; convert again")
+    for name, data in plan.files.items():
+        if (folder / name).read_bytes() != data:
+            raise UserError(f"{folder / name}: differs from what was written; convert again")
+
+
+def _check_repeat(tensor: Any, one: Any, other: Any, stop: Event) -> None:
+    """MTP shares embedding and head, which are kept once: the copies must be copies."""
+    if not stop.is_set() and not same_numbers(one, other):
+        raise UserError(
+            f"{one.file}: {tensor.name} differs from {tensor.repeats}, which the MTP layer shares; "
+            "they must be the same"
+        )
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder.parent}: needs {human(needed)}, has {human(free)} free; make room"
+        )
+
+
+def _bar() -> Progress:
+    """Bytes read and written, on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _show(plan: Plan, source: Source, destination: Path, to: str) -> None:
+    """What a conversion would do."""
+    console = Console(highlight=False)
+    say: Callable[[str], None] = partial(console.print, markup=False, soft_wrap=True)
+    say(f"{source.folder} ({source.kind}, {source.config.model_type})")
+    say(f"  to {destination} ({to})")
+    if source.config != source.promised:
+        say("  config.json promises MTP layers, but the files hold none")
+    count, read, written = Counter[tuple[str, str]](), Counter[Any](), Counter[Any]()
+    for item in plan.items:
+        key = (item.source.dtype, item.dtype)
+        count[key] += 1
+        read[key] += item.bytes_in
+        written[key] += item.value_bytes + item.scale_bytes
+    rows = table(console, "stored", "written", "tensors", "bytes in", "bytes out")
+    rows.columns[1].justify = "left"
+    for key in sorted(count):
+        rows.add_row(*key, f"{count[key]:,}", f"{read[key]:,}", f"{written[key]:,}")
+    total = (f"{count.total():,}", f"{plan.bytes_in:,}", f"{plan.bytes_out:,}")
+    rows.add_row("total", "", *total, style="bold")
+    console.print(rows)
+    scales = sum(1 for item in plan.items if item.scales)
+    say(f"stored tensors, scales included: {len(source.stored):,}, {scales:,} of them scales")
+    say(f"files to write: {len(plan.jobs):,} {'shards' if to == HF else 'jobs of chunks'}")
+    peak = PROCESS_BYTES + TENSOR_BYTES * len(source.stored) + THREADS * THREAD_BYTES
+    say(f"peak memory: about {human(peak)}, {THREADS} threads")
+    free = shutil.disk_usage(destination.absolute().parent).free
+    enough = "enough" if plan.bytes_out <= free else "NOT ENOUGH"
+    say(f"disk: {human(plan.bytes_out)} needed, {human(free)} free: {enough}")

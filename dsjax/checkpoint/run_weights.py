@@ -1,0 +1,124 @@
+"""The weights of a training run's checkpoint, tensor by tensor. Imports no jax.
+
+A step's arrays are read with tensorstore, which orbax wrote them with. Of the optimizer and of
+everything else that a step holds, nothing is touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from dsjax.architecture import ModelConfig
+from dsjax.checkpoint.families import tensors
+from dsjax.checkpoint.manifest import MANIFEST, DamagedError, verify
+from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CACHE_BYTES = 1 << 28
+"""What is kept of chunks that were read; one that is larger is read again for each tensor in it."""
+
+_PREFIX, _SUFFIX = "model.", ".value"
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunTensor:
+    """One tensor of the released files within an array of the run; otherwise like an `Entry`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    index: tuple[int, ...]
+    array: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read(self) -> np.ndarray:
+        """The tensor, in memory of its own."""
+        return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
+
+    def read_flat(self, begin: int, end: int) -> np.ndarray:
+        """Numbers `begin` to `end`, in the order of the released file."""
+        part = self.array[self.index] if self.index else self.array
+        row = math.prod(part.shape[1:])
+        first = begin // row
+        rows = part[first : -(-end // row)].read().result()
+        flat: np.ndarray = np.ascontiguousarray(rows).reshape(-1)
+        return flat[begin - first * row : end - first * row]
+
+
+def newest_step(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The newest checkpoint whose every byte is what its manifest says, and its leaves.
+
+    Raises:
+        UserError: there is none; it says what is wrong with each.
+    """
+    home = folder / "checkpoints"
+    steps = sorted(int(p.name) for p in home.iterdir() if re.fullmatch(r"\d{8,}", p.name))
+    damages = []
+    for step in reversed(steps):
+        path = home / f"{step:08d}"
+        if not (path / MANIFEST).is_file():
+            damages.append(f"step {step} has no {MANIFEST}")
+            continue
+        try:
+            return path, verify(path, step)
+        except DamagedError as damage:
+            damages.append(f"step {step} is damaged: {damage}")
+            logger.warning("%s: %s", home, damages[-1])
+    why = "; ".join(damages) or "it has none yet; let it train longer"
+    raise UserError(f"{folder}: no sound checkpoint ({why})")
+
+
+def read_run(folder: Path, config: ModelConfig) -> dict[str, RunTensor]:
+    """Every tensor of the newest sound checkpoint under its released name, repeats included."""
+    step, leaves = newest_step(folder)
+    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+    opened: dict[str, Any] = {}
+    stored: dict[str, RunTensor] = {}
+    for tensor in tensors(config):
+        if tensor.repeats:
+            stored[tensor.name] = stored[tensor.repeats]
+            continue
+        leaf = f"{_PREFIX}{tensor.path}{_SUFFIX}"
+        if leaf not in leaves:
+            continue
+        if leaf not in opened:
+            opened[leaf] = _open(step, leaf, context)
+        array, shape = opened[leaf], tuple(leaves[leaf]["shape"])
+        inner = shape[len(tensor.index) :]
+        same = math.prod(inner) == tensor.size
+        stored[tensor.name] = RunTensor(
+            step / "state",
+            _NAMES[leaves[leaf]["dtype"]],
+            tensor.shape if same else inner,
+            tensor.index,
+            array,
+        )
+    return stored
+
+
+def _open(step: Path, leaf: str, context: Any) -> Any:
+    base = f"{(step / 'state').absolute()}/"
+    store = {
+        "driver": "zarr",
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": {"driver": "file", "path": base},
+            "path": f"{leaf}/",
+        },
+    }
+    return ts.open(store, context=context, open=True, read=True).result()
