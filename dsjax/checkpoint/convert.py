@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -86,20 +87,20 @@ def convert(
         return
     begin = time.monotonic()
     journal = Journal(_partial(destination), _identity(opened, plan, to, dtype))
-    try:
-        _convert(plan, journal, verify)
-        os.rename(journal.partial, destination)
-        flush_directory(destination.parent)
-    except UserError:
+    with closing(journal):
+        try:
+            _convert(plan, journal, verify)
+            os.rename(journal.partial, destination)
+            flush_directory(destination.absolute().parent)
+        except UserError:
+            journal.remove()
+            raise
+        except OSError as error:
+            raise UserError(
+                f"{journal.partial}: cannot be written: {one_line(error)}; the same command goes "
+                "on from here"
+            ) from error
         journal.remove()
-        raise
-    except OSError as error:
-        journal.close()
-        raise UserError(
-            f"{journal.partial}: cannot be written: {one_line(error)}; the same command goes on "
-            "from here"
-        ) from error
-    journal.remove()
     seconds = time.monotonic() - begin
     print(
         f"{destination}: {sum(1 for _ in plan.items):,} tensors, {human(plan.bytes_out)} in "

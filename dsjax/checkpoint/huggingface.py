@@ -147,21 +147,22 @@ def _widen(
     them the first is cut before anything is widened, the others after.
     """
     inner, split = tensor.inner, _dimensions_of_rows(tensor)
-    box, begins = [], []
-    for group in (range(split), range(split, len(inner))):
-        width = math.prod(inner[i] for i in group[1:])
-        cut = range(inner[group[0]])[slices[group[0]]]
-        begins.append(cut.start * width)
-        box.append(slice(cut.start * width, cut.stop * width))
-    rows, columns = box
-    part = values[rows, columns]
-    wide = np.empty(part.shape, dtype)
-    dequantize_into(wide, part, scales, where, (begins[0], begins[1]))
-    first = (0, split)
-    shape = [-1 if i in first[:1] else size for i, size in enumerate(inner)]
-    shape[split] = part.shape[1] // math.prod(inner[split + 1 :])
-    rest = tuple(slice(None) if i in first else cut for i, cut in enumerate(slices))
-    return wide.reshape(shape)[rest]
+    rows, columns = _merged(inner[:split], slices[0]), _merged(inner[split:], slices[split])
+    wide = np.empty((len(rows), len(columns)), dtype)
+    part = values[rows.start : rows.stop, columns.start : columns.stop]
+    dequantize_into(wide, part, scales, where, (rows.start, columns.start))
+    shape, rest = list(inner), list(slices)
+    for first in (0, split):
+        shape[first] = len(range(inner[first])[slices[first]])
+        rest[first] = slice(None)
+    return wide.reshape(shape)[tuple(rest)]
+
+
+def _merged(sizes: tuple[int, ...], first: slice) -> range:
+    """What a slice of the first of several dimensions is of all of them, as one."""
+    width = math.prod(sizes[1:])
+    cut = range(sizes[0])[first]
+    return range(cut.start * width, cut.stop * width)
 
 
 def _dimensions_of_rows(tensor: Tensor) -> int:

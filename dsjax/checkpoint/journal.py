@@ -62,7 +62,6 @@ class Journal:
         """Forget the conversion, and all that it has written under its working name."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self._path.unlink(missing_ok=True)
-        self._file.close()
 
     def _resume(self, identity: dict[str, Any]) -> dict[str, Digest]:
         """What is finished; everything else in the folder is removed."""
