@@ -2,7 +2,11 @@
 
 import gzip
 import json
-from collections.abc import Callable
+import math
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -12,8 +16,11 @@ from safetensors.numpy import save_file
 
 from dsjax.architecture import DeepSeekConfig
 from dsjax.checkpoint.families import ROUTER_BIAS, tensors
+from dsjax.config_files import load_model_config
 
 Weights = dict[str, np.ndarray]
+
+SIZES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 CONFIG_JSON = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -155,3 +162,31 @@ def released() -> dict[str, dict]:
     """Shape, dtype and file of all 91,991 tensors of the released DeepSeek-R1."""
     listing = Path(__file__).parent / "deepseek_r1_tensors.json.gz"
     return json.loads(gzip.decompress(listing.read_bytes()))
+
+
+@pytest.fixture
+def released_folder(released: dict[str, dict], tmp_path: Path) -> Iterator[Path]:
+    """DeepSeek-R1 as released, but for its numbers: true headers, and 688 GB of holes."""
+    folder = tmp_path / "r1"
+    folder.mkdir()
+    config = load_model_config("r1").model_dump()
+    config["rope_scaling"] |= {"type": "yarn"}
+    (folder / "config.json").write_text(json.dumps(config))
+    headers: dict[str, dict] = defaultdict(dict)
+    ends: dict[str, int] = defaultdict(int)
+    for name, listed in released.items():
+        begin, file = ends[listed["file"]], listed["file"]
+        ends[file] += math.prod(listed["shape"]) * SIZES[listed["dtype"]]
+        headers[file][name] = {
+            "dtype": listed["dtype"],
+            "shape": listed["shape"],
+            "data_offsets": [begin, ends[file]],
+        }
+    for file, header in headers.items():
+        text = json.dumps(header).encode()
+        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
+        os.truncate(folder / file, 8 + len(text) + ends[file])
+    index = {"weight_map": {name: listed["file"] for name, listed in released.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    yield folder
+    shutil.rmtree(folder)

@@ -1,5 +1,6 @@
 """What cannot be converted is refused in one line, with exit code 2, and leaves nothing behind."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -46,15 +47,15 @@ def spoiled(folder: Path, dtype: str, name: str, value: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("to", ["hf", "dsjax"])
-@pytest.mark.parametrize("chosen", [[], ["--dtype", "bfloat16"], ["--dtype", "fp8"]])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("chosen", [[], ["--dtype", "float32"], ["--dtype", "fp8"]])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("F32", np.nan), ("BF16", np.inf), ("BF16", -np.nan), ("F16", -np.inf)]
+)
 def test_weights_that_are_not_finite(
-    tmp_path: Path, capsys, dtype: str, value: float, chosen: list[str], to: str
+    tmp_path: Path, capsys, dtype: str, value: float, chosen: list[str]
 ) -> None:
     folder = spoiled(tmp_path / "hf", dtype, UP, value)
-    said = refused(capsys, folder, tmp_path / "out", "--to", to, *chosen)
+    said = refused(capsys, folder, tmp_path / "out", *chosen)
     assert UP in said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -110,6 +111,24 @@ def test_a_disk_without_room(source: Path, tmp_path: Path, capsys, monkeypatch) 
     said = refused(capsys, source, tmp_path / "out")
     assert "1.0 kB free; make room" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_becomes_full_keeps_what_is_finished(
+    source: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsjax.checkpoint import convert as verb
+
+    def write(job, folder, stop, advance):
+        if job.outputs[0].path.startswith("weights/norm"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(job, folder, stop, advance)
+
+    original = verb.write_job
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "write_job", write)
+        said = refused(capsys, source, tmp_path / "out")
+    assert "No space left on device; the same command goes on from here" in said
+    convert(source, tmp_path / "out", verify=True)
 
 
 def _no_scale(weights: Weights) -> None:

@@ -61,7 +61,8 @@ def test_widening_unasked_is_said_in_one_line(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}]
+    "sizes",
+    [{"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}],
 )
 @pytest.mark.parametrize("form", ["hf", "ours"])
 def test_slices_that_begin_within_a_block_are_widened_alike(

@@ -1,11 +1,8 @@
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +10,9 @@ import pytest
 
 from dsjax import cli
 from dsjax.checkpoint.inspect import inspect, report
-from dsjax.config_files import load_model_config
 from dsjax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
-BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 Weights = dict[str, np.ndarray]
 Write = Callable[..., Path]
@@ -34,34 +29,6 @@ def command(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]
         timeout=60,
         check=False,
     )
-
-
-@pytest.fixture
-def released_folder(released: dict[str, dict], tmp_path: Path) -> Iterator[Path]:
-    """DeepSeek-R1 as released, but for its numbers: true headers, and 688 GB of holes."""
-    folder = tmp_path / "r1"
-    folder.mkdir()
-    config = load_model_config("r1").model_dump()
-    config["rope_scaling"] |= {"type": "yarn"}
-    (folder / "config.json").write_text(json.dumps(config))
-    headers: dict[str, dict] = defaultdict(dict)
-    ends: dict[str, int] = defaultdict(int)
-    for name, listed in released.items():
-        begin, file = ends[listed["file"]], listed["file"]
-        ends[file] += math.prod(listed["shape"]) * BYTES[listed["dtype"]]
-        headers[file][name] = {
-            "dtype": listed["dtype"],
-            "shape": listed["shape"],
-            "data_offsets": [begin, ends[file]],
-        }
-    for file, header in headers.items():
-        text = json.dumps(header).encode()
-        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
-        os.truncate(folder / file, 8 + len(text) + ends[file])
-    index = {"weight_map": {name: listed["file"] for name, listed in released.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    yield folder
-    shutil.rmtree(folder)
 
 
 def test_671b_has_the_published_parameter_counts() -> None:
@@ -93,7 +60,7 @@ def test_the_released_folder_is_inspected_whole(
     found = report(str(released_folder))
     by_dtype = {
         dtype: [math.prod(x["shape"]) * size for x in released.values() if x["dtype"] == dtype]
-        for dtype, size in BYTES.items()
+        for dtype, size in (("F8_E4M3", 1), ("BF16", 2), ("F32", 4))
     }
     assert found["stored"] == {
         "files": 163,
