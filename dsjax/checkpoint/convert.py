@@ -45,10 +45,10 @@ from dsjax.checkpoint.writing import (
 )
 from dsjax.errors import UserError, one_line
 
-PROCESS_BYTES = 120_000_000
+PROCESS_BYTES = 70_000_000
 """What the interpreter and its libraries take, about."""
 
-TENSOR_BYTES = 4_000
+TENSOR_BYTES = 1_500
 """What the plan takes for each tensor, about."""
 
 
@@ -234,7 +234,8 @@ def _show(plan: Plan, source: Source, destination: Path, to: str) -> None:
     console.print(rows)
     scales = sum(1 for item in plan.items if item.scales)
     say(f"stored tensors, scales included: {len(source.stored):,}, {scales:,} of them scales")
-    say(f"files to write: {len(plan.jobs):,} {'shards' if to == HF else 'jobs of chunks'}")
+    files = len(plan.files) + sum(len(job.outputs) for job in plan.jobs) + 1
+    say(f"files to write: {files:,}, manifest included")
     peak = PROCESS_BYTES + TENSOR_BYTES * len(source.stored) + THREADS * THREAD_BYTES
     say(f"peak memory: about {human(peak)}, {THREADS} threads")
     free = shutil.disk_usage(destination.absolute().parent).free

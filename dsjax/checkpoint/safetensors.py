@@ -73,12 +73,15 @@ class Entry:
         A view would count the file's pages as this process's memory; a stream must not.
         """
         size = DTYPES[self.dtype].itemsize
+        start, length = self.start + begin * size, (end - begin) * size
         try:
             with self.file.open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), (end - begin) * size, self.start + begin * size)
+                data = os.pread(file.fileno(), length, start)
+                # What will probably be asked for next is fetched while this is worked on.
+                os.posix_fadvise(file.fileno(), start + length, length, os.POSIX_FADV_WILLNEED)
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read: {one_line(error)}") from error
-        if len(data) < (end - begin) * size:
+        if len(data) < length:
             raise UserError(f"{self.file}: became shorter while it was read; fetch it again")
         return np.frombuffer(data, DTYPES[self.dtype])
 

@@ -25,8 +25,9 @@ from dsjax.numerics.fp8_host import (
     scale_shape,
 )
 
-SLAB = 1 << 22
-"""Numbers that are read, changed and written at a time; more only where 128 rows are more."""
+SLAB = 1 << 20
+"""Numbers that are read, changed, hashed and written at a time: they stay in the processor's cache.
+More only where 128 rows are more."""
 
 STEPS = (COPY, CAST, WIDEN, QUANTIZE) = ("copy", "cast", "widen", "quantize")
 """What can happen to a tensor."""

@@ -20,14 +20,14 @@ import numpy as np
 
 from dsjax.checkpoint.conversion import Job
 from dsjax.checkpoint.manifest import Digest
-from dsjax.checkpoint.streams import SLAB, slabs
+from dsjax.checkpoint.streams import slabs
 from dsjax.errors import UserError
 
-THREADS = min(16, max(4, os.cpu_count() or 1))
-"""More than cores: some wait for the disk."""
+THREADS = min(16, max(2, os.cpu_count() or 1))
+"""As many as cores: the kernel reads ahead and writes behind. More than that were slower."""
 
-THREAD_BYTES = 10 * SLAB
-"""Memory of one thread, about: float32 read and as float32 written, and tables."""
+THREAD_BYTES = 1 << 25
+"""Memory of one thread, about: 128 rows of the widest matrix, as float32 and once more."""
 
 Advance = Callable[[float], None]
 """Told of bytes, read and written."""
