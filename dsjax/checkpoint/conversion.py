@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,6 +19,7 @@ from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
 from dsjax.checkpoint.safetensors import INDEX, SINGLE, parse_json
 from dsjax.checkpoint.source import RUN, Source, Stored
 from dsjax.checkpoint.streams import Item
+from dsjax.checkpoint.tables import human
 from dsjax.checkpoint.weights_folder import (
     CONFIG,
     RELEASED,
@@ -42,9 +44,12 @@ SHARD_BYTES = 2_000_000_000
 """What a shard takes at most, unless one tensor takes more. Smaller than DeepSeek's 4.3 GB: what is
 not finished when a conversion is killed is done again."""
 
+CARRIED_BYTES = 100_000_000
+"""What a file that travels along may take; tokenizers take a tenth of it."""
+
 _CONVERTED = {"F32", "F16", "BF16", FP8}
 _OF_TOKENIZER = re.compile(
-    r"tokeniz|chat_template|special_tokens_map|added_tokens|additional_chat_templates/"
+    r"tokeniz|generation_config|chat_template|special_tokens_map|added_tokens|additional_chat_templates/"
     r"|vocab\.|merges\.txt|\.(model|tiktoken)$"
 )
 
@@ -302,7 +307,7 @@ def _jobs(
 
 def _carried(source: Source, dtype: str | None, to: str) -> dict[str, bytes]:
     """Tokenizer, templates and settings as they are; config.json says the dtype that is true."""
-    files = {name: file.read_bytes() for name, file in source.carried.items()}
+    files = {name: _read_small(file) for name, file in source.carried.items()}
     config = files.get("config.json")
     written = None if dtype is None else DTYPE_NAMES[dtype]
     if config is not None and written is not None:
@@ -317,3 +322,11 @@ def _carried(source: Source, dtype: str | None, to: str) -> dict[str, bytes]:
         return files
     homes = {name: TOKENIZER if _OF_TOKENIZER.search(name) else RELEASED for name in files}
     return {f"{homes[name]}/{name}": data for name, data in files.items()}
+
+
+def _read_small(file: Path) -> bytes:
+    if (size := file.stat().st_size) > CARRIED_BYTES:
+        raise UserError(
+            f"{file}: {human(size)}, too large for a file that holds no weights; move it away"
+        )
+    return file.read_bytes()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -85,9 +86,23 @@ def convert(
     if dry_run:
         _show(plan, opened, destination, to)
         return
+    if opened.config != opened.promised:
+        print(f"{source}: holds no MTP weights, though its config promises some", file=sys.stderr)
     begin = time.monotonic()
     journal = Journal(_partial(destination), _identity(opened, plan, to, dtype))
+    _run(plan, journal, destination, verify)
+    seconds = time.monotonic() - begin
+    print(
+        f"{destination}: {sum(1 for _ in plan.items):,} tensors, {human(plan.bytes_out)} in "
+        f"{len(plan.jobs):,} {'shards' if to == HF else 'chunks'}, {seconds:.1f} s"
+        f"{', verified' * verify}"
+    )
+
+
+def _run(plan: Plan, journal: Journal, destination: Path, verify: bool) -> None:
+    """Write, and give the folder its name; what is damaged leaves nothing, all else can go on."""
     with closing(journal):
+        _check_room(plan, journal)
         try:
             _convert(plan, journal, verify)
             os.rename(journal.partial, destination)
@@ -97,16 +112,10 @@ def convert(
             raise
         except OSError as error:
             raise UserError(
-                f"{journal.partial}: cannot be written: {one_line(error)}; the same command goes "
-                "on from here"
+                f"{journal.partial}: cannot be finished now: {one_line(error)}; the same command "
+                "goes on from here"
             ) from error
         journal.remove()
-    seconds = time.monotonic() - begin
-    print(
-        f"{destination}: {sum(1 for _ in plan.items):,} tensors, {human(plan.bytes_out)} in "
-        f"{len(plan.jobs):,} {'shards' if to == HF else 'chunks'}, {seconds:.1f} s"
-        f"{', verified' * verify}"
-    )
 
 
 def _check_place(source: Path, destination: Path) -> None:
@@ -140,7 +149,6 @@ def _convert(plan: Plan, journal: Journal, verify: bool) -> None:
     """Write everything into the folder beside the destination, its manifest last."""
     folder = journal.partial
     left = [job for job in plan.jobs if any(o.path not in journal.done for o in job.outputs)]
-    _check_room(folder, plan.bytes_out - sum(d["bytes"] for d in journal.done.values()))
     both = sum(job.bytes_in + job.bytes_out for job in plan.jobs)
     done = both - sum(job.bytes_in + job.bytes_out for job in left)
     with _bar() as bar:
@@ -189,12 +197,16 @@ def _check_repeat(tensor: Any, one: Any, other: Any, stop: Event) -> None:
         )
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def _check_room(plan: Plan, journal: Journal) -> None:
+    """Whether the disk has room for what is not finished yet; what is finished is kept."""
+    folder = journal.partial
+    needed = plan.bytes_out - sum(digest["bytes"] for digest in journal.done.values())
     free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder.parent}: needs {human(needed)}, has {human(free)} free; make room"
-        )
+    if needed <= free:
+        return
+    if not journal.done:
+        journal.remove()
+    raise UserError(f"{folder.parent}: needs {human(needed)}, has {human(free)} free; make room")
 
 
 def _bar() -> Progress:

@@ -74,13 +74,10 @@ class Entry:
         """
         size = DTYPES[self.dtype].itemsize
         start, length = self.start + begin * size, (end - begin) * size
-        try:
-            with self.file.open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), length, start)
-                # What will probably be asked for next is fetched while this is worked on.
-                os.posix_fadvise(file.fileno(), start + length, length, os.POSIX_FADV_WILLNEED)
-        except OSError as error:
-            raise UserError(f"{self.file}: cannot be read: {one_line(error)}") from error
+        with self.file.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, start)
+            # What will probably be asked for next is fetched while this is worked on.
+            os.posix_fadvise(file.fileno(), start + length, length, os.POSIX_FADV_WILLNEED)
         if len(data) < length:
             raise UserError(f"{self.file}: became shorter while it was read; fetch it again")
         return np.frombuffer(data, DTYPES[self.dtype])

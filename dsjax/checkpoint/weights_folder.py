@@ -1,8 +1,8 @@
 """Weights alone, as dsjax keeps them: what orbax reads, and what can be read without it.
 
     folder/config.yaml          the model, as in configs/model/
-    folder/tokenizer/           tokenizer and chat template as they came
-    folder/huggingface/         config.json, generation_config.json and the rest, as they came
+    folder/tokenizer/           tokenizer, chat template, generation_config.json, as they came
+    folder/huggingface/         config.json and the rest, as they came
     folder/weights/PATH/        one array of the model, stacked over layers and experts
     folder/manifest.json        digest of every file, shape and dtype of every array
 

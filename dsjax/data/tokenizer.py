@@ -187,13 +187,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json, or the one in a folder.
+    """Read a tokenizer.json, or the one in a folder, or in its `tokenizer/`, as in a run.
 
     A `tokenizer_config.json` beside it names bos and eos; without one, DeepSeek's names are tried.
     Raises `UserError` when a file is missing or damaged.
     """
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists() and (inside := path / "tokenizer" / file.name).is_file():
+        file = inside
     if not file.is_file():
         raise UserError(
             f"{file}: no such file; expected a tokenizer.json or a folder that holds one"

@@ -125,10 +125,12 @@ def test_fp8_that_stays_fp8_is_carried(tmp_path: Path) -> None:
     assert_same(tmp_path / "same", weights)
 
 
-def test_a_folder_without_mtp_tensors_stays_without(tmp_path: Path) -> None:
+def test_a_folder_without_mtp_tensors_stays_without(tmp_path: Path, capsys) -> None:
     config = BLOCKS.model_copy(update={"num_nextn_predict_layers": 0})
     weights = write_released(tmp_path / "hf", config, "BF16", num_nextn_predict_layers=1)
     convert(tmp_path / "hf", tmp_path / "ours")
+    said = f"{tmp_path}/hf: holds no MTP weights, though its config promises some\n"
+    assert capsys.readouterr().err == said
     convert(tmp_path / "ours", tmp_path / "back")
     assert_same(tmp_path / "back", weights)
 

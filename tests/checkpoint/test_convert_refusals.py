@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,14 @@ def test_a_disk_without_room(source: Path, tmp_path: Path, capsys, monkeypatch) 
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     said = refused(capsys, source, tmp_path / "out")
     assert "1.0 kB free; make room" in said
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_large_file_that_is_no_weight(source: Path, tmp_path: Path, capsys) -> None:
+    (source / "data.zip").touch()
+    os.truncate(source / "data.zip", 200_000_000)
+    said = refused(capsys, source, tmp_path / "out")
+    assert "data.zip: 200.0 MB, too large for a file that holds no weights" in said
 
 
 def test_a_disk_that_becomes_full_keeps_what_is_finished(

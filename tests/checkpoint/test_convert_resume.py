@@ -143,6 +143,18 @@ def test_it_goes_on_only_from_the_same_source(interrupted: Path) -> None:
         convert(interrupted / "hf", interrupted / "out", to="hf")
 
 
+def test_a_disk_without_room_for_the_rest_costs_nothing_that_is_finished(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = ages(interrupted / "out.partial")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        with pytest.raises(UserError, match="make room"):
+            convert(interrupted / "hf", interrupted / "out", to="hf")
+    assert ages(interrupted / "out.partial") == finished
+    convert(interrupted / "hf", interrupted / "out", to="hf", verify=True)
+
+
 def test_a_line_of_the_journal_that_was_cut_off_is_no_line(interrupted: Path) -> None:
     journal = interrupted / "out.partial.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
@@ -169,7 +181,7 @@ def test_a_folder_in_the_way_that_is_of_no_conversion_is_left_alone(tmp_path: Pa
 
 def test_two_conversions_do_not_write_the_same_folder(tmp_path: Path) -> None:
     write_released(tmp_path / "hf", BLOCKS, "BF16")
-    with start(tmp_path / "hf", tmp_path / "out", delay=0.05) as first:
+    with start(tmp_path / "hf", tmp_path / "out", delay=0.02) as first:
         wait_for(tmp_path / "out.partial")
         with pytest.raises(UserError, match="another conversion is writing it"):
             convert(tmp_path / "hf", tmp_path / "out")

@@ -61,12 +61,15 @@ def test_widening_unasked_is_said_in_one_line(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}],
+    ("form", "sizes"),
+    [
+        ("hf", {"data": 2, "fsdp": 4}),
+        ("hf", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        ("ours", {"fsdp": 2, "tensor": 4}),
+    ],
 )
-@pytest.mark.parametrize("form", ["hf", "ours"])
 def test_slices_that_begin_within_a_block_are_widened_alike(
-    tmp_path: Path, sizes: dict[str, int], form: str
+    tmp_path: Path, form: str, sizes: dict[str, int]
 ) -> None:
     write_released(tmp_path / "hf", BLOCKS, "F8_E4M3")
     convert(tmp_path / "hf", tmp_path / "ours")

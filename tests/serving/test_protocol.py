@@ -4,9 +4,12 @@ import json
 
 import pytest
 
-from dsjax.data.tokenizer import BOS, EOS
+from dsjax.checkpoint.convert import convert
+from dsjax.checkpoint.source import read_folder_config
+from dsjax.data.tokenizer import BOS, EOS, load_tokenizer
 from dsjax.errors import UserError
 from dsjax.serving.protocol import RequestError, load_served
+from tests.serving.checkpoints import write_checkpoint
 from tests.serving.spoken import TEMPLATE, ids, tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
@@ -34,6 +37,19 @@ def test_a_released_folder(tmp_path):
     assert served.stop_tokens == (1,)
     assert [served.think_start_id, served.think_end_id] == ids("<think></think>")
     assert served.template.encode(HI) == ids(f"{BOS}<｜User｜>hi<｜Assistant｜><think>\n")
+
+
+def test_converted_weights_are_served_like_the_folder_they_were_made_of(tmp_path):
+    folder = write_checkpoint(tmp_path / "hf")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
+    convert(folder, tmp_path / "ours")
+    kept, served = (
+        load_served(path, "m", vocab_size=320, context=50) for path in (folder, tmp_path / "ours")
+    )
+    assert served.defaults == kept.defaults == {"temperature": 0.6}
+    assert served.template.encode(HI) == kept.template.encode(HI)
+    assert load_tokenizer(tmp_path / "ours").digest == load_tokenizer(folder).digest
+    assert read_folder_config(tmp_path / "ours") == read_folder_config(folder)
 
 
 def test_a_run_directory_keeps_its_tokenizer_apart_and_has_no_template(tmp_path):
