@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any
 
 from dsjax.checkpoint.manifest import Digest
-from dsjax.errors import UserError
+from dsjax.errors import UserError, one_line
 
 
 class Journal:
@@ -32,7 +32,12 @@ class Journal:
         self._writing = Lock()
         if partial.exists() and not self._path.exists():
             raise UserError(f"{partial}: in the way, and of no conversion; remove it")
-        self._file = self._path.open("ab+")
+        try:
+            self._file = self._path.open("ab+")
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written: {one_line(error.strerror)}"
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

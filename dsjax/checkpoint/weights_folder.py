@@ -36,6 +36,8 @@ SCALE = "_scale_inv"
 CHUNK_BYTES = 1 << 28
 """What a chunk takes at most, unless one tensor takes more: 16 of V3's experts in FP8."""
 
+_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+
 # zarr spells types as numpy does, and those of ml_dtypes by their names.
 _ZARR = {
     name: dtype.str if dtype.kind == "f" and dtype.isbuiltin == 1 else dtype.name
@@ -106,7 +108,13 @@ def orbax_files(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, bytes]:
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    return {"_METADATA": json.dumps(metadata).encode()}
+    # Without times, which would make two conversions of one source differ.
+    whole = {"item_handlers": _HANDLER, "metrics": {}, "performance_metrics": {}}
+    whole |= {"init_timestamp_nsecs": None, "commit_timestamp_nsecs": None, "custom_metadata": {}}
+    return {
+        "_METADATA": json.dumps(metadata).encode(),
+        "_CHECKPOINT_METADATA": json.dumps(whole).encode(),
+    }
 
 
 def stack_of(pieces: Iterable[Tensor]) -> tuple[int, ...]:

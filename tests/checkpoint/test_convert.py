@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -151,6 +152,38 @@ def test_orbax_itself_restores_what_was_written(tmp_path: Path, dtype: str, piec
         if dtype == FP8 and tensor.scale:
             scales = restored[f"{tensor.path}_scale_inv"][tensor.index]
             assert np.array_equal(scales, weights[tensor.scale[0]])
+
+
+def test_orbax_restores_it_on_a_mesh(tmp_path: Path, pieces: None) -> None:
+    weights = write_released(tmp_path / "hf", BLOCKS, FP8)
+    convert(tmp_path / "hf", tmp_path / "ours")
+    mesh = jax.make_mesh((8,), ("expert",), (jax.sharding.AxisType.Auto,))
+    routed = jax.NamedSharding(mesh, jax.P(None, "expert"))
+    whole = jax.NamedSharding(mesh, jax.P())
+    shapes = report_arrays(tmp_path / "ours")
+    wanted = {
+        name: jax.ShapeDtypeStruct(
+            leaf["shape"],
+            DTYPES[leaf["dtype"]],
+            sharding=routed if ".experts." in name else whole,
+        )
+        for name, leaf in shapes.items()
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as orbax:
+        how = ocp.checkpoint_utils.construct_restore_args(wanted)
+        arguments = ocp.args.PyTreeRestore(wanted, restore_args=how)
+        restored = orbax.restore((tmp_path / "ours/weights").absolute(), args=arguments)
+    array = restored["moe_layers.ffn.experts.gate"]
+    assert array.sharding == routed
+    name = "model.layers.2.mlp.experts.3.gate_proj.weight"
+    assert np.asarray(array[1, 3]).tobytes() == weights[name].tobytes()
+    scales = restored["moe_layers.ffn.experts.gate_scale_inv"][1, 3]
+    assert np.array_equal(scales, weights[f"{name}_scale_inv"])
+
+
+def report_arrays(folder: Path) -> dict[str, dict]:
+    """Shape and dtype of every array, from the manifest."""
+    return json.loads((folder / "manifest.json").read_text())["leaves"]
 
 
 def test_inspect_says_the_same_of_both_forms_and_checks_them(tmp_path: Path, capsys) -> None:

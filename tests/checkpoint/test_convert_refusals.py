@@ -93,6 +93,7 @@ def test_a_destination_that_exists_or_has_no_place(source: Path, tmp_path: Path,
         assert "exists already" in refused(capsys, source, tmp_path / name)
     assert "lies inside the source" in refused(capsys, source, source / "out")
     assert "is no folder; make it" in refused(capsys, source, tmp_path / "no/out")
+    assert "/proc/out.partial.jsonl: cannot be written" in refused(capsys, source, "/proc/out")
 
 
 def test_options_that_are_none(source: Path, tmp_path: Path, capsys) -> None:
