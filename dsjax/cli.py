@@ -101,7 +101,8 @@ def _inspect(source: str, json: bool, verify: bool) -> None:
 
 CONVERT = """\
 Bring a model from one format to another: a Hugging Face folder (safetensors), dsjax weights (read
-by orbax, and by dsjax slice by slice), or, to read from, the newest checkpoint of a training run.
+by orbax, and by dsjax slice by slice), or, to read from, the newest checkpoint of a training run or
+a GGUF file of llama, qwen2 or qwen3.
 
 Numbers are kept as they are stored unless --dtype says otherwise; FP8 keeps its bits and scales.
 The MTP layer, config.json, generation_config.json, tokenizer and chat templates travel along. The
@@ -116,6 +117,7 @@ examples:
   dsjax convert DeepSeek-R1 r1-bf16 --to hf --dtype bfloat16
                                                     a Hugging Face folder in bfloat16
   dsjax convert runs/demo demo-hf                   a run, for other libraries
+  dsjax convert model.gguf folder                   to a Hugging Face folder, in float32
   dsjax inspect --verify r1                         later: is every byte still there?
 """
 
@@ -128,7 +130,9 @@ def _add_convert(verbs: argparse._SubParsersAction[Parser]) -> None:
         epilog=CONVERT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("source", metavar="SRC", type=Path, help="the folder that holds the model")
+    verb.add_argument(
+        "source", metavar="SRC", type=Path, help="the folder that holds the model, or a GGUF file"
+    )
     verb.add_argument(
         "destination", metavar="DST", type=Path, help="a folder that is not there yet"
     )
@@ -153,6 +157,24 @@ def _add_convert(verbs: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _convert(source: Path, destination: Path, **options: Any) -> None:
+    if source.suffix == ".gguf":
+        _convert_gguf(source, destination, **options)
+        return
     from dsjax.checkpoint.convert import convert
 
     convert(source, destination, **options)
+
+
+def _convert_gguf(
+    source: Path, destination: Path, to: str | None, dtype: str | None, **unused: bool
+) -> None:
+    from dsjax.checkpoint.gguf import DTYPE_NAMES, convert_gguf
+
+    given = [f"--{name.replace('_', '-')}" for name, value in unused.items() if value]
+    if given or to not in (None, "hf"):
+        what = given[0] if given else f"--to {to}"
+        raise UserError(f"{what} is not for GGUF files; make a folder of {source} first")
+    if dtype not in (None, *DTYPE_NAMES):
+        raise UserError(f"--dtype {dtype}: GGUF files become {' or '.join(DTYPE_NAMES)}")
+    convert_gguf(source, destination, dtype or "float32")
+    print(f"{destination}: written from {source}")

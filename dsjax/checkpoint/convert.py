@@ -89,8 +89,7 @@ def convert(
     if opened.config != opened.promised:
         print(f"{source}: holds no MTP weights, though its config promises some", file=sys.stderr)
     begin = time.monotonic()
-    journal = Journal(_partial(destination), _identity(opened, plan, to, dtype))
-    _run(plan, journal, destination, verify)
+    write_plan(plan, destination, _identity(opened, plan, to, dtype), verify=verify)
     seconds = time.monotonic() - begin
     print(
         f"{destination}: {sum(1 for _ in plan.items):,} tensors, {human(plan.bytes_out)} in "
@@ -99,8 +98,16 @@ def convert(
     )
 
 
-def _run(plan: Plan, journal: Journal, destination: Path, verify: bool) -> None:
-    """Write, and give the folder its name; what is damaged leaves nothing, all else can go on."""
+def write_plan(
+    plan: Plan, destination: Path, identity: dict[str, Any], *, verify: bool = False
+) -> None:
+    """Write everything beside `destination`, and give it its name.
+
+    Raises:
+        UserError: the source is damaged, which leaves nothing; or it cannot be written, and what is
+            there stays for the next one of this `identity`.
+    """
+    journal = Journal(_partial(destination), identity)
     with closing(journal):
         _check_room(plan, journal)
         try:

@@ -12,32 +12,27 @@ neighbours are rotated together; and Llama 3.1's rotary extension is a tensor, n
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
+from dsjax.architecture import FAMILIES, DenseConfig
+from dsjax.checkpoint.export_config import make_config, to_bytes, with_dtype
 from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.gguf_tokenizer import write_tokenizer
-from dsjax.checkpoint.hf_config import read_config
+from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.config_files import parse_model
 from dsjax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -60,7 +55,6 @@ _LAYER_NAMES = {
 ROPE_FACTORS = "rope_freqs.weight"
 
 LLAMA3 = {
-    "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -90,14 +84,15 @@ def convert_gguf(file: Path, folder: Path, dtype: str = "float32") -> None:
     reader = _open(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     stored = {t.name: _Stored(t.data, t.tensor_type) for t in reader.tensors}
-    config = _config(fields, stored, file) | {"torch_dtype": dtype}
+    config = _config(fields, stored, file)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_json(partial / "config.json", config)
+        tree = with_dtype(make_config(config), DTYPE_NAMES[dtype])
+        (partial / "config.json").write_bytes(to_bytes(tree))
         write_tokenizer(fields, partial, file)
-        _write_weights(partial, stored, config, DTYPES[dtype], file)
+        _write_weights(partial, stored, config, DTYPE_NAMES[dtype], file)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -114,20 +109,17 @@ def _open(file: Path) -> GGUFReader:
         raise UserError(f"{file}: cannot be read as GGUF: {one_line(error)}") from error
 
 
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 # ---------------------------------------------------------------------------------------------
 # What the model is
 # ---------------------------------------------------------------------------------------------
 
 
-def _config(fields: dict[str, Any], stored: dict[str, _Stored], file: Path) -> dict[str, Any]:
-    """The `config.json` that says the same as the file's fields."""
+def _config(fields: dict[str, Any], stored: dict[str, _Stored], file: Path) -> DenseConfig:
+    """The architecture that the file's fields describe."""
     family = fields.get("general.architecture")
-    if family not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    dense = [name for name, kind in FAMILIES.items() if kind is DenseConfig]
+    if family not in dense:
+        known = ", ".join(dense)
         raise UserError(f"{file}: architecture {family!r}; GGUF files are read of {known}")
 
     def field(name: str, default: Any = None) -> Any:
@@ -140,7 +132,6 @@ def _config(fields: dict[str, Any], stored: dict[str, _Stored], file: Path) -> d
         raise UserError(f"{file}: rotary extension {scaling!r} is not read from GGUF files")
     heads, hidden = field("attention.head_count"), field("embedding_length")
     config = {
-        "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
         "hidden_size": hidden,
@@ -151,17 +142,17 @@ def _config(fields: dict[str, Any], stored: dict[str, _Stored], file: Path) -> d
         "num_key_value_heads": field("attention.head_count_kv", heads),
         "head_dim": field("attention.key_length", hidden // heads),
         "rope_theta": _as_written(field("rope.freq_base", 10000.0)),
-        "rope_scaling": None,
+        "rope_scaling": LLAMA3 if ROPE_FACTORS in stored else None,
         "intermediate_size": field("feed_forward_length"),
-        "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
     }
+    parsed = parse_model(config, source=str(file))
+    assert isinstance(parsed, DenseConfig)  # no other family comes this far
     if ROPE_FACTORS in stored:
-        config["rope_scaling"] = LLAMA3
-        _check_rope_factors(stored[ROPE_FACTORS].data, config, file)
-    return config
+        _check_rope_factors(stored[ROPE_FACTORS].data, parsed, file)
+    return parsed
 
 
 def _as_written(value: float) -> float:
@@ -169,10 +160,10 @@ def _as_written(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _check_rope_factors(factors: np.ndarray, config: dict[str, Any], file: Path) -> None:
+def _check_rope_factors(factors: np.ndarray, config: DenseConfig, file: Path) -> None:
     """By how much each pair is slowed down must be what Llama 3.1 does."""
-    pairs = np.arange(config["head_dim"] // 2)
-    turns = config["rope_theta"] ** (-2.0 * pairs / config["head_dim"]) / (2 * np.pi)
+    pairs = np.arange(config.head_dim // 2)
+    turns = config.rope_theta ** (-2.0 * pairs / config.head_dim) / (2 * np.pi)
     turns *= LLAMA3["original_max_position_embeddings"]
     width = LLAMA3["high_freq_factor"] - LLAMA3["low_freq_factor"]
     kept = np.clip((turns - LLAMA3["low_freq_factor"]) / width, 0, 1)
@@ -191,13 +182,13 @@ ROWS_AT_ONCE = 4096
 def _write_weights(
     folder: Path,
     stored: dict[str, _Stored],
-    config: dict[str, Any],
-    dtype: np.dtype[Any],
+    config: DenseConfig,
+    dtype: str,
     file: Path,
 ) -> None:
     """`model.safetensors`, its tensors one after the other."""
     names = {_released_name(name, file): name for name in stored if name != ROPE_FACTORS}
-    expected = {tensor.name: tensor.shape for tensor in tensors(read_config(folder))}
+    expected = {tensor.name: tensor.shape for tensor in tensors(config)}
     if names.keys() != expected.keys():
         odd = sorted(names.keys() ^ expected.keys())
         raise UserError(
@@ -207,9 +198,8 @@ def _write_weights(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in expected.items():
-        begin, end = end, end + int(np.prod(shape)) * dtype.itemsize
-        kind = "F32" if dtype == np.float32 else "BF16"
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (folder / "model.safetensors").open("wb") as out:
@@ -217,7 +207,7 @@ def _write_weights(
         for name, shape in expected.items():
             where = f"{file}: {names[name]}"
             for rows in _rows(stored[names[name]], shape, _heads(name, config), where):
-                out.write(np.ascontiguousarray(rows).astype(dtype).tobytes())
+                out.write(rows.astype(DTYPES[dtype]).tobytes())
 
 
 def _released_name(name: str, file: Path) -> str:
@@ -229,13 +219,13 @@ def _released_name(name: str, file: Path) -> str:
     return f"{layer}{known[match[2]]}.{match[3]}"
 
 
-def _heads(name: str, config: dict[str, Any]) -> int | None:
+def _heads(name: str, config: DenseConfig) -> int | None:
     """Over how many heads a weight's rows lie permuted; None where they do not."""
-    if config["model_type"] != "llama":
+    if config.model_type != "llama":
         return None
     if ".q_proj." in name:
-        return config["num_attention_heads"]
-    return config["num_key_value_heads"] if ".k_proj." in name else None
+        return config.num_attention_heads
+    return config.num_key_value_heads if ".k_proj." in name else None
 
 
 def _rows(
