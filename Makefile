@@ -4,8 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Most tests wait for the compiler, which keeps one core busy: so two files run at a time.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Most tests wait for the compiler, which keeps one core busy: so two processes run them.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 INPUTS := pyproject.toml constraints.txt
 
 # The parity tests need torch, and its CPU build is enough: 2.13.0+cpu where pip finds one, else

@@ -64,12 +64,20 @@ def _serve(pipe: Connection[Any, Any], make: Callable[[], Contestants]) -> None:
         pipe.send(Times(time.perf_counter() - begin, time.process_time() - used))
 
 
-def measure(workers: list[Worker], rounds: int) -> dict[str, list[Times]]:
-    """Times of every contestant, `rounds` times each; neighbours in time belong to one round."""
+def measure(
+    workers: list[Worker], rounds: int, team: Callable[[str], str] = lambda name: name
+) -> dict[str, list[Times]]:
+    """Times of the contestants, `rounds` times each; neighbours in time belong to one round.
+
+    Of each `team` only the one runs that was fastest when all were warm.
+    """
     owner = {name: worker for worker in workers for name in worker.names}
+    warm: dict[str, dict[str, float]] = {}
     for name, worker in owner.items():
-        for _ in range(2):  # compile and warm up
-            worker.seconds(name)
+        worker.seconds(name)  # compile
+        warm.setdefault(team(name), {})[name] = worker.seconds(name).wall
+    best = {min(team, key=lambda name: team[name]) for team in warm.values()}
+    owner = {name: worker for name, worker in owner.items() if name in best}
     times: dict[str, list[Times]] = {name: [] for name in owner}
     for _ in range(rounds):
         for name, worker in owner.items():

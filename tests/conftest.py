@@ -4,6 +4,7 @@ Set in the environment, so that programs which a test starts have them too.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Eight devices; and independent collectives in one order: XLA's CPU backend otherwise lets devices
@@ -17,8 +18,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of a test's time is XLA's: the second run takes what the first one compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# And hardly any is the programs' own: they are compiled hastily, but under `thorough_compiler`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,3 +37,11 @@ CHECKED = [
     "sharding",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="module")
+def thorough_compiler() -> Iterator[None]:
+    """Compiles as outside of tests: for kernels, for number formats, and for long computations."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

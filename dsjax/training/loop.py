@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -133,12 +134,16 @@ class TrainingLoop:
         self.log.write(
             self.clock.step, {"tokens": self.clock.tokens, "held_out_complete": complete, **values}
         )
-        self._display.say(
+        said = [
             f"step {self.clock.step}  held out{'' if complete else ' (sample)'}: "
-            f"loss {found.loss:.3f}  {found.bits_per_byte:.3f} bits per byte  "
-            f"MaxVio {max(found.max_violation, default=0.0):.2f}  "
-            f"MTP acceptance {found.acceptance:.0%}"
-        )
+            f"loss {found.loss:.3f}",
+            f"{found.bits_per_byte:.3f} bits per byte",
+        ]
+        if found.max_violation:
+            said.append(f"MaxVio {max(found.max_violation):.2f}")
+        if math.isfinite(found.acceptance):
+            said.append(f"MTP acceptance {found.acceptance:.0%}")
+        self._display.say("  ".join(said))
 
     def save(self) -> None:
         """Start saving everything that the next step depends on."""
@@ -215,7 +220,6 @@ class TrainingLoop:
             "mtp_loss": sums.mtp_loss.tolist(),
             "balance_loss": float(sums.balance_loss),
             "max_violation": violations,
-            "max_violation_worst": max(violations, default=0.0),
             "load": sums.load.tolist(),
             "grad_norm": float(metrics.grad_norm),
             "learning_rate": plan.learning_rate,
@@ -225,6 +229,8 @@ class TrainingLoop:
             "tokens_per_second": plan.tokens / max(now - begin, 1e-9),
             "finite": finite,
         }
+        if violations:  # a dense model has no experts
+            values["max_violation_worst"] = max(violations)
         self.log.write(clock.step, values)
         self._display.update(clock.step, clock.tokens, values)
         self._count_bad(clock.step, finite)

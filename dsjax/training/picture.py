@@ -62,10 +62,10 @@ def _violations(ax: Axes, steps: list[Record], x: np.ndarray) -> None:
 def _loads(ax: Axes, held_out: list[Record]) -> None:
     """Each expert's load over the mean, layer by layer, on held-out text."""
     ax.set_title("held-out load of each expert / mean", fontsize=9, color=INK, loc="left")
-    if not held_out:
+    load = np.array(held_out[-1]["held_out_load"] if held_out else [], float)
+    if not load.size:
         ax.set_axis_off()
         return
-    load = np.array(held_out[-1]["held_out_load"], float)
     relative = load * load.shape[1]
     image = ax.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
     ax.set_xlabel("expert", fontsize=8)

@@ -56,8 +56,10 @@ class ProgressDisplay(Display):
 
     def update(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Show a finished step."""
+        worst = values.get("max_violation_worst")
+        balance = "" if worst is None else f"MaxVio {worst:.2f}  "
         text = (
-            f"step {step}  loss {values['loss']:.3f}  MaxVio {values['max_violation_worst']:.2f}  "
+            f"step {step}  loss {values['loss']:.3f}  {balance}"
             f"{values['tokens_per_second']:,.0f} tokens/s"
         )
         if self._bar:

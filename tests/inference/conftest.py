@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,6 @@ from dsjax.inference.request import Request, Update
 from dsjax.model.transformer import Transformer
 
 CONTEXT = 128
-
-
-@pytest.fixture(scope="package", autouse=True)
-def hasty_compiler() -> Iterator[None]:
-    """These tests wait for the compiler, hardly for the program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

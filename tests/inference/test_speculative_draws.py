@@ -47,17 +47,10 @@ CASES = {
 LEAST = 1e-3
 """What a right engine falls below once in a thousand times; seeds are fixed, so here never."""
 
-pytestmark = pytest.mark.slow
+# Hasty programs would take three times as long.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thorough_compiler")]
 
 draw = step._draw
-
-
-@pytest.fixture(scope="module", autouse=True)
-def thorough_compiler(hasty_compiler: None) -> Iterator[None]:
-    """These tests wait for the program, three times as long if it was compiled hastily."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ import pytest
 
 from dsjax.kernels.attention import BLOCK, causal_attention, causal_attention_reference
 
+pytestmark = pytest.mark.usefixtures("thorough_compiler")
+
 HEADS, QK, V = 2, 12, 8
 
 

@@ -14,6 +14,8 @@ from dsjax.kernels.experts_inference import apply_experts
 from dsjax.kernels.permutation import sort_by_expert
 from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
 
+pytestmark = pytest.mark.usefixtures("thorough_compiler")
+
 EXPERTS, EMBED, WIDTH = 6, 24, 20
 
 

@@ -10,6 +10,8 @@ from dsjax.kernels.paged_attention import (
     write_pages,
 )
 
+pytestmark = pytest.mark.usefixtures("thorough_compiler")
+
 GROUPS, PAGES, SIZE, WIDTH, HEADS = 2, 52, 16, 12, 6
 RANK = 8
 LENGTHS = [1, 16, 270, 511]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -51,14 +50,6 @@ def off(found: Any, expected: Any) -> float:
 def random_tokens(config: DeepSeekConfig, shape: tuple[int, ...], seed: int = 1) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.integers(0, config.vocab_size, shape, dtype=np.int32)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def hasty_compiler() -> Iterator[None]:
-    """These tests wait for the compiler, hardly for the program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

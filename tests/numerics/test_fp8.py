@@ -12,6 +12,8 @@ from tests.numerics import definition
 from tests.numerics.definition import BLOCKS, TILES
 from tests.numerics.hard_cases import CASES
 
+pytestmark = pytest.mark.usefixtures("thorough_compiler")
+
 QUANTIZE = {
     sides: jax.jit(function, static_argnames="power_of_two")
     for sides, function in {TILES: fp8.quantize_tiles, BLOCKS: fp8.quantize_blocks}.items()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import pytest
 import torch
 
@@ -38,11 +36,3 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "kimi_k2"}))
     return Pair(theirs, load_huggingface(folder), folder)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def hasty_compiler() -> Iterator[None]:
-    """These tests wait for the compiler, hardly for the program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -5,11 +5,9 @@ SmolLM2-135M-Instruct (Llama's architecture, Apache-2.0), in the package `llm-sm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import jax
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,14 +54,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2") / "folder"
     convert_gguf(file, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def thorough_compiler(hasty_compiler: None) -> Iterator[None]:
-    """Of this size programs take longer than the compiler."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,21 @@ def test_the_run_loads_and_generates(finished):
     assert 1 <= len(made) <= 5
 
 
+@pytest.mark.slow
+def test_a_dense_family_trains_evaluates_saves_and_generates(corpus, tmp_path):
+    import dsjax
+
+    command = [*train_command(corpus, tmp_path / "run"), "model=cpu-tiny-qwen3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout and "MaxVio" not in done.stdout
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert (tmp_path / "run/training.png").stat().st_size > 0
+    [made] = dsjax.generate(dsjax.load(tmp_path / "run"), [[0, 5, 9]], max_new_tokens=5)
+    assert 1 <= len(made) <= 5
+
+
 def test_sigterm_saves_and_leaves_with_143(corpus, tmp_path):
     command = train_command(corpus, tmp_path / "run", training__tokens=10**7)
     process = subprocess.Popen(
