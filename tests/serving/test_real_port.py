@@ -9,6 +9,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import logging
 import os
 import random
 import socket
@@ -267,6 +268,9 @@ def test_two_thousand_clients_of_whom_many_leave(
         submitted.append(request.id)
 
     monkeypatch.setattr(engine(), "submit", submit)
+    # pytest keeps what is logged, and at some levels that is every request.
+    for name in ("httpx", "uvicorn.access"):
+        monkeypatch.setattr(logging.getLogger(name), "disabled", True)
     coin = random.Random(2)
     monkeypatch.setattr(Speculation, "choose", lambda self, rows: coin.randint(0, self.drafts))
     dice, fates, holds = random.Random(1), Counter(), []
