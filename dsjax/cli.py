@@ -80,8 +80,8 @@ def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument(
         "source",
         metavar="CONFIG|FOLDER",
-        help="a Hugging Face folder, dsjax weights, a run, a config.json, a YAML file, or a name "
-        "under configs/",
+        help="a Hugging Face folder, dsjax weights, a run, a GGUF file, a config.json, a YAML "
+        "file, or a name under configs/",
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     verb.add_argument(
@@ -157,24 +157,6 @@ def _add_convert(verbs: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _convert(source: Path, destination: Path, **options: Any) -> None:
-    if source.suffix == ".gguf":
-        _convert_gguf(source, destination, **options)
-        return
     from dsjax.checkpoint.convert import convert
 
     convert(source, destination, **options)
-
-
-def _convert_gguf(
-    source: Path, destination: Path, to: str | None, dtype: str | None, **unused: bool
-) -> None:
-    from dsjax.checkpoint.gguf import DTYPE_NAMES, convert_gguf
-
-    given = [f"--{name.replace('_', '-')}" for name, value in unused.items() if value]
-    if given or to not in (None, "hf"):
-        what = given[0] if given else f"--to {to}"
-        raise UserError(f"{what} is not for GGUF files; make a folder of {source} first")
-    if dtype not in (None, *DTYPE_NAMES):
-        raise UserError(f"--dtype {dtype}: GGUF files become {' or '.join(DTYPE_NAMES)}")
-    convert_gguf(source, destination, dtype or "float32")
-    print(f"{destination}: written from {source}")

@@ -47,7 +47,7 @@ not finished when a conversion is killed is done again."""
 CARRIED_BYTES = 100_000_000
 """What a file that travels along may take; tokenizers take a tenth of it."""
 
-_CONVERTED = {"F32", "F16", "BF16", FP8}
+_CONVERTED = ("BF16", "F16", "F32", FP8)
 _OF_TOKENIZER = re.compile(
     r"tokeniz|generation_config|chat_template|special_tokens_map|added_tokens|additional_chat_templates/"
     r"|vocab\.|merges\.txt|\.(model|tiktoken)$"
@@ -146,7 +146,7 @@ def _written_dtype(tensor: Tensor, stored: Stored, dtype: str | None) -> str:
 def _check(items: list[Item], source: Source, *, stacked: bool) -> None:
     """Tell of everything that cannot be converted, at once."""
     problems = [
-        f"{item.tensor.name} is {item.source.dtype}, expected one of {', '.join(_CONVERTED_NAMES)}"
+        f"{item.tensor.name} is {item.source.dtype}, expected one of {', '.join(_CONVERTED)}"
         for item in items
         if item.source.dtype not in _CONVERTED
     ]
@@ -164,9 +164,6 @@ def _check(items: list[Item], source: Source, *, stacked: bool) -> None:
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{source.folder}: {'; '.join(problems[:3])}{more}")
-
-
-_CONVERTED_NAMES = sorted(_CONVERTED)
 
 
 def _repeats(source: Source) -> list[tuple[Tensor, Stored, Stored]]:
@@ -307,7 +304,7 @@ def _jobs(
 
 def _carried(source: Source, dtype: str | None, to: str) -> dict[str, bytes]:
     """Tokenizer, templates and settings as they are; config.json says the dtype that is true."""
-    files = {name: _read_small(file) for name, file in source.carried.items()}
+    files = {name: _read_small(file) for name, file in source.carried.items()} | source.made
     config = files.get("config.json")
     written = None if dtype is None else DTYPE_NAMES[dtype]
     if config is not None and written is not None:

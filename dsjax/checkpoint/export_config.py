@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from dsjax.architecture import DeepSeekConfig, Llama3Config, ModelConfig
-from dsjax.checkpoint.families import FP8, FP8_BLOCK
+from dsjax.checkpoint.families import FP8
+from dsjax.numerics.fp8_host import BLOCK
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -22,7 +23,7 @@ QUANTIZATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
     "quant_method": "fp8",
-    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+    "weight_block_size": [BLOCK, BLOCK],
 }
 """What DeepSeek's releases say of their FP8."""
 

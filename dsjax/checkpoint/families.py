@@ -19,6 +19,7 @@ from typing import Protocol
 
 from dsjax.architecture import DeepSeekConfig, DenseConfig, ModelConfig
 from dsjax.errors import UserError
+from dsjax.numerics.fp8_host import scale_shape
 
 KINDS = (
     EMBEDDING := "embedding",
@@ -39,7 +40,6 @@ QUANTIZED = {ATTENTION, DENSE, ROUTED, SHARED}
 """What the FP8 releases store as e4m3, with a float32 scale for each block of 128 x 128."""
 
 FP8 = "F8_E4M3"
-FP8_BLOCK = 128
 
 
 class Described(Protocol):
@@ -192,7 +192,8 @@ class Tensor:
         """Name and shape of the scales beside it in an FP8 release; None if it has none."""
         if self.kind not in QUANTIZED:
             return None
-        return f"{self.name}_scale_inv", tuple(-(-size // FP8_BLOCK) for size in self.shape)
+        rows, columns = self.shape
+        return f"{self.name}_scale_inv", scale_shape((rows, columns))
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:

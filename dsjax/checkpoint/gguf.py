@@ -1,9 +1,8 @@
-"""GGUF files of the dense families, made into a Hugging Face folder.
+"""GGUF files of the dense families, seen as every other source of a model. No jax.
 
 llama.cpp's format keeps weights under names of its own, mostly quantized, and beside them what else
 a model needs: sizes, vocabulary, merges, chat template. All of it is read through the `gguf`
-package, which belongs to the format, and written as the folder that every door of ours opens; the
-values are those that llama.cpp computes with, in float32 or rounded to bfloat16. No jax.
+package, which belongs to the format. To us a weight is the float32 that llama.cpp computes with.
 
 Two things are not as they look: rows of Llama's query and key weights lie permuted, so that
 neighbours are rotated together; and Llama 3.1's rotary extension is a tensor, not a setting.
@@ -11,28 +10,24 @@ neighbours are rotated together; and Llama 3.1's rotary extension is a tensor, n
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsjax.architecture import FAMILIES, DenseConfig
-from dsjax.checkpoint.export_config import make_config, to_bytes, with_dtype
-from dsjax.checkpoint.families import tensors
-from dsjax.checkpoint.gguf_tokenizer import write_tokenizer
-from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.checkpoint.gguf_tokenizer import tokenizer_files
 from dsjax.config_files import parse_model
 from dsjax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -63,39 +58,79 @@ LLAMA3 = {
 """The one extension that is known in this form: that of Llama 3.1 and its distills."""
 
 
-class _Stored(NamedTuple):
-    """A tensor of the file: rows of quantized blocks, or of numbers."""
+@dataclass(frozen=True)
+class GgufTensor:
+    """A weight in the released order of its rows; see `source.Stored`."""
 
+    file: Path
+    shape: tuple[int, ...]
+    heads: int
+    """Over how many heads its rows lie permuted; 0 where they do not."""
     data: np.ndarray
+    """Rows of quantized blocks, or of numbers."""
     kind: Any
 
+    @property
+    def dtype(self) -> str:
+        """What its numbers are once they are made."""
+        return "F32"
 
-def convert_gguf(file: Path, folder: Path, dtype: str = "float32") -> None:
-    """Write `folder`, which must not exist, from a GGUF file.
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, as float32."""
+        return 4 * math.prod(self.shape)
 
-    One tensor at a time is in memory, and of the largest a part of its rows.
+    def read(self) -> np.ndarray:
+        """All of it."""
+        return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
+
+    def read_flat(self, begin: int, end: int) -> np.ndarray:
+        """Numbers `begin` to `end`, in the released order; only their rows are made."""
+        width = math.prod(self.shape[1:])
+        first, last = begin // width, -(-end // width)
+        rows = self.data[self._stored(np.arange(first, last)) if self.heads else slice(first, last)]
+        flat = self._numbers(rows).reshape(-1)
+        return flat[begin - first * width : end - first * width]
+
+    def _stored(self, rows: np.ndarray) -> np.ndarray:
+        """Where rows are in the file: a head's second half lies between the rows of its first."""
+        size = self.shape[0] // self.heads
+        head, row = np.divmod(rows, size)
+        half, place = np.divmod(row, size // 2)
+        return head * size + 2 * place + half
+
+    def _numbers(self, rows: np.ndarray) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        try:
+            return dequantize(rows, self.kind)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.file}: {self.kind.name} is a quantization that the gguf "
+                "package does not undo; take another file of the model"
+            ) from error
+
+
+def read_gguf(file: Path) -> tuple[DenseConfig, dict[str, GgufTensor], dict[str, bytes]]:
+    """A file's architecture, its tensors under their released names, and its tokenizer's files.
 
     Raises:
         UserError: the `gguf` package is missing; the file is damaged, of another family, or holds
-            something that would be lost; the folder exists.
+            something that would be lost.
     """
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; remove it, or choose another name")
     reader = _open(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    stored = {t.name: _Stored(t.data, t.tensor_type) for t in reader.tensors}
-    config = _config(fields, stored, file)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        tree = with_dtype(make_config(config), DTYPE_NAMES[dtype])
-        (partial / "config.json").write_bytes(to_bytes(tree))
-        write_tokenizer(fields, partial, file)
-        _write_weights(partial, stored, config, DTYPE_NAMES[dtype], file)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(fields, found.keys(), file)
+    if (factors := found.pop(ROPE_FACTORS, None)) is not None:
+        _check_rope_factors(factors.data, config, file)
+    stored = {}
+    for tensor in found.values():
+        name = _released_name(tensor.name)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        heads = _heads(name, config)
+        stored[name] = GgufTensor(file, shape, heads, tensor.data, tensor.tensor_type)
+    return config, stored, tokenizer_files(fields, file)
 
 
 def _open(file: Path) -> GGUFReader:
@@ -114,7 +149,7 @@ def _open(file: Path) -> GGUFReader:
 # ---------------------------------------------------------------------------------------------
 
 
-def _config(fields: dict[str, Any], stored: dict[str, _Stored], file: Path) -> DenseConfig:
+def _config(fields: dict[str, Any], names: Collection[str], file: Path) -> DenseConfig:
     """The architecture that the file's fields describe."""
     family = fields.get("general.architecture")
     dense = [name for name, kind in FAMILIES.items() if kind is DenseConfig]
@@ -142,16 +177,14 @@ def _config(fields: dict[str, Any], stored: dict[str, _Stored], file: Path) -> D
         "num_key_value_heads": field("attention.head_count_kv", heads),
         "head_dim": field("attention.key_length", hidden // heads),
         "rope_theta": _as_written(field("rope.freq_base", 10000.0)),
-        "rope_scaling": LLAMA3 if ROPE_FACTORS in stored else None,
+        "rope_scaling": LLAMA3 if ROPE_FACTORS in names else None,
         "intermediate_size": field("feed_forward_length"),
-        "tie_word_embeddings": "output.weight" not in stored,
+        "tie_word_embeddings": "output.weight" not in names,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
     }
     parsed = parse_model(config, source=str(file))
     assert isinstance(parsed, DenseConfig)  # no other family comes this far
-    if ROPE_FACTORS in stored:
-        _check_rope_factors(stored[ROPE_FACTORS].data, parsed, file)
     return parsed
 
 
@@ -176,86 +209,18 @@ def _check_rope_factors(factors: np.ndarray, config: DenseConfig, file: Path) ->
 # Its weights
 # ---------------------------------------------------------------------------------------------
 
-ROWS_AT_ONCE = 4096
 
-
-def _write_weights(
-    folder: Path,
-    stored: dict[str, _Stored],
-    config: DenseConfig,
-    dtype: str,
-    file: Path,
-) -> None:
-    """`model.safetensors`, its tensors one after the other."""
-    names = {_released_name(name, file): name for name in stored if name != ROPE_FACTORS}
-    expected = {tensor.name: tensor.shape for tensor in tensors(config)}
-    if names.keys() != expected.keys():
-        odd = sorted(names.keys() ^ expected.keys())
-        raise UserError(
-            f"{file}: {len(odd)} weights are missing or unknown: {', '.join(odd[:3])}; "
-            "its fields and its tensors do not belong together"
-        )
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in expected.items():
-        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in expected.items():
-            where = f"{file}: {names[name]}"
-            for rows in _rows(stored[names[name]], shape, _heads(name, config), where):
-                out.write(rows.astype(DTYPES[dtype]).tobytes())
-
-
-def _released_name(name: str, file: Path) -> str:
+def _released_name(name: str) -> str:
+    """The released name; what is not known keeps its own, and is told of as unknown."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     known = _LAYER_NAMES if match and match[1] else _NAMES
     if match is None or match[2] not in known:
-        raise UserError(f"{file}: {name!r} is no weight of a dense family as GGUF names them")
+        return name
     layer = f"model.layers.{match[1]}." if match[1] else ""
     return f"{layer}{known[match[2]]}.{match[3]}"
 
 
-def _heads(name: str, config: DenseConfig) -> int | None:
-    """Over how many heads a weight's rows lie permuted; None where they do not."""
-    if config.model_type != "llama":
-        return None
-    if ".q_proj." in name:
+def _heads(name: str, config: DenseConfig) -> int:
+    if config.model_type == "llama" and ".q_proj." in name:
         return config.num_attention_heads
-    return config.num_key_value_heads if ".k_proj." in name else None
-
-
-def _rows(
-    stored: _Stored, shape: tuple[int, ...], heads: int | None, where: str
-) -> Iterator[np.ndarray]:
-    """The weight in float32, some rows at a time; all at once where rows lie permuted."""
-    at_once = len(stored.data) if heads else ROWS_AT_ONCE
-    done = 0
-    for begin in range(0, len(stored.data), at_once):
-        rows = _numbers(stored.data[begin : begin + at_once], stored.kind, where)
-        if rows.shape[1:] != shape[1:]:
-            raise UserError(f"{where} has rows of {rows.shape[1:]}, expected {shape[1:]}")
-        if not np.isfinite(rows).all():
-            raise UserError(f"{where} holds NaN or infinity; fetch it again")
-        done += len(rows)
-        yield rows if heads is None else _unpermuted(rows, heads)
-    if done != shape[0]:
-        raise UserError(f"{where} has {done} rows, expected {shape[0]}")
-
-
-def _numbers(data: np.ndarray, kind: Any, where: str) -> np.ndarray:
-    from gguf.quants import dequantize
-
-    try:
-        return dequantize(data, kind)
-    except NotImplementedError as error:
-        raise UserError(f"{where} is stored as {kind.name}, which is not read") from error
-
-
-def _unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF puts row i + R/2 of a head behind row i; the released weights pair its two halves."""
-    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+    return config.num_key_value_heads if config.model_type == "llama" and ".k_proj." in name else 0

@@ -39,8 +39,8 @@ def _pre_tokenizers() -> dict[str, PreTokenizer]:
     }
 
 
-def write_tokenizer(fields: dict[str, Any], folder: Path, file: Path) -> None:
-    """Write the two files, and the chat template in the second.
+def tokenizer_files(fields: dict[str, Any], file: Path) -> dict[str, bytes]:
+    """The two files by their names; the chat template is in the second.
 
     Raises:
         UserError: the tokenizer is of a kind that is not known here.
@@ -62,8 +62,6 @@ def write_tokenizer(fields: dict[str, Any], folder: Path, file: Path) -> None:
     for token, kind in zip(tokens, kinds, strict=True):
         if kind in (CONTROL, USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
     config: dict[str, Any] = {
         "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -73,5 +71,8 @@ def write_tokenizer(fields: dict[str, Any], folder: Path, file: Path) -> None:
             config[f"{role}_token"] = tokens[number]
     if (template := fields.get("tokenizer.chat_template")) is not None:
         config["chat_template"] = template
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": text.encode(),
+    }

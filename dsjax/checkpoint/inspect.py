@@ -58,15 +58,15 @@ def report(source: str) -> dict[str, Any]:
     biases are always float32, and fp8 is that of the release: scales, and bfloat16 for the rest.
 
     Args:
-        source: a Hugging Face folder, dsjax weights, a run, a config.json, a YAML file, or a name
-            under `configs/`.
+        source: a Hugging Face folder, dsjax weights, a run, a GGUF file, a config.json, a YAML
+            file, or a name under `configs/`.
 
     Raises:
         UserError: it cannot be read, or the folder's tensors are not those of its config.
     """
     path = Path(source)
-    if path.is_dir():
-        opened = open_source(path)
+    if path.is_dir() or path.suffix == ".gguf":
+        opened = open_source(path, check=False)
         promised, config = opened.promised, opened.config
         parts, stored = opened.parts, opened.stored
     else:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsjax.checkpoint.huggingface import load_huggingface
+from dsjax.checkpoint.from_files import load_files
 from dsjax.checkpoint.source import RUN, kind_of
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import load_run_config
@@ -26,7 +26,7 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
 
     Args:
         path: a Hugging Face folder of a family in `checkpoint/families.py`, weights that `dsjax
-            convert` wrote, or the directory of a run.
+            convert` wrote, the directory of a run, or a GGUF file.
         dtype: float32 or bfloat16, to hold and compute in; None keeps what is stored, but widens
             FP8 to bfloat16. Router biases are always float32.
         mesh: made by `sharding.mesh.make_mesh`; None puts everything on the default device.
@@ -38,7 +38,7 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
     layout = None if mesh is None else Layout(mesh)
     if kind_of(folder) == RUN:
         return _load_run(folder, dtype, layout)
-    return load_huggingface(folder, dtype, layout)
+    return load_files(folder, dtype, layout)
 
 
 def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> Transformer:

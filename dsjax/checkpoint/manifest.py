@@ -74,13 +74,25 @@ def verify(folder: Path, step: int | None) -> Leaves:
     the folder holds another step than `step`.
     """
     try:
-        manifest = _read_manifest(folder / MANIFEST)
+        manifest = read_manifest(folder)
         if manifest["step"] != step:
             raise DamagedError(f"{MANIFEST} is of step {manifest['step']}")
         _check_files(folder, manifest["files"])
     except OSError as error:
         raise DamagedError(f"{error.filename} cannot be read ({error.strerror})") from error
     return manifest["leaves"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder says; raises `DamagedError` if it is not sound itself."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DamagedError(f"{MANIFEST} is missing")
+    data = path.read_bytes()
+    rest = data.partition(b"\n")[2]
+    if data != _first_line(rest) + rest:
+        raise DamagedError(f"{MANIFEST} does not have the digest in its first line")
+    return json.loads(data)
 
 
 def flush_directory(directory: Path) -> None:
@@ -90,16 +102,6 @@ def flush_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DamagedError(f"{MANIFEST} is missing")
-    data = path.read_bytes()
-    rest = data.partition(b"\n")[2]
-    if data != _first_line(rest) + rest:
-        raise DamagedError(f"{MANIFEST} does not have the digest in its first line")
-    return json.loads(data)
 
 
 def _check_files(folder: Path, listed: dict[str, Digest]) -> None:

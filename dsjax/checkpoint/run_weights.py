@@ -18,7 +18,7 @@ import tensorstore as ts
 
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import tensors
-from dsjax.checkpoint.manifest import MANIFEST, DamagedError, verify
+from dsjax.checkpoint.manifest import MANIFEST, DamagedError, read_manifest, verify
 from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.errors import UserError
 
@@ -60,8 +60,10 @@ class RunTensor:
         return flat[begin - first * row : end - first * row]
 
 
-def newest_step(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+def newest_step(folder: Path, *, check: bool = True) -> tuple[Path, dict[str, dict[str, Any]]]:
     """The newest checkpoint whose every byte is what its manifest says, and its leaves.
+
+    With `check` False the manifest alone is read, and must be sound.
 
     Raises:
         UserError: there is none; it says what is wrong with each.
@@ -75,7 +77,7 @@ def newest_step(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
             damages.append(f"step {step} has no {MANIFEST}")
             continue
         try:
-            return path, verify(path, step)
+            return path, verify(path, step) if check else read_manifest(path)["leaves"]
         except DamagedError as damage:
             damages.append(f"step {step} is damaged: {damage}")
             logger.warning("%s: %s", home, damages[-1])
@@ -83,9 +85,9 @@ def newest_step(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     raise UserError(f"{folder}: no sound checkpoint ({why})")
 
 
-def read_run(folder: Path, config: ModelConfig) -> dict[str, RunTensor]:
+def read_run(folder: Path, config: ModelConfig, *, check: bool) -> dict[str, RunTensor]:
     """Every tensor of the newest sound checkpoint under its released name, repeats included."""
-    step, leaves = newest_step(folder)
+    step, leaves = newest_step(folder, check=check)
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
     opened: dict[str, Any] = {}
     stored: dict[str, RunTensor] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from dsjax.errors import UserError
 RUN = "a run"
 DSJAX = "dsjax weights"
 HUGGING_FACE = "a Hugging Face folder"
+GGUF = "a GGUF file"
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _NOT_CARRIED = {"manifest.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
@@ -69,14 +70,18 @@ class Source:
     parts: list[Tensor]
     carried: dict[str, Path]
     """Files that are no weights, by the names they have in a released folder."""
+    made: dict[str, bytes] = field(default_factory=dict)
+    """The same of what the source has in another form."""
 
 
 def kind_of(folder: Path) -> str:
-    """What a folder is.
+    """What a folder, or a file, is.
 
     Raises:
         UserError: nothing that holds a model.
     """
+    if folder.suffix == ".gguf" and folder.is_file():
+        return GGUF
     if (folder / "checkpoints").is_dir():
         return RUN
     if (folder / WEIGHTS).is_dir() and (folder / CONFIG).is_file():
@@ -89,30 +94,43 @@ def kind_of(folder: Path) -> str:
         else "no such folder"
     )
     raise UserError(
-        f"{folder}: {found}; expected a Hugging Face folder, dsjax weights or a run directory"
+        f"{folder}: {found}; expected a Hugging Face folder, dsjax weights, a run directory or a "
+        "GGUF file"
     )
 
 
 def read_folder_config(folder: Path) -> ModelConfig:
-    """The configuration of the model in a folder, before any weight is looked at."""
+    """The configuration of the model in a folder, before any weight is looked at.
+
+    Raises:
+        UserError: it cannot be read, or this is a GGUF file, whose other parts are in no folder.
+    """
     kind = kind_of(folder)
+    if kind == GGUF:
+        raise UserError(f"{folder}: make a folder of it first: dsjax convert {folder} FOLDER")
     if kind == RUN:
         return load_run_config(folder / CONFIG).model
     return load_model_config(folder / CONFIG) if kind == DSJAX else read_config(folder)
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path, *, check: bool = True) -> Source:
     """Read the headers of a model's files, and account for every tensor.
+
+    Of a run also every byte is checked, unless `check` is False: its digests are what tells a
+    sound step from a damaged one.
 
     Raises:
         UserError: a file is damaged, or the tensors are not those of the configuration.
     """
-    kind, promised = kind_of(folder), read_folder_config(folder)
+    kind = kind_of(folder)
+    if kind == GGUF:
+        return _open_gguf(folder)
+    promised = read_folder_config(folder)
     stored: Mapping[str, Stored]
     if kind == RUN:
         from dsjax.checkpoint.run_weights import read_run
 
-        stored = read_run(folder, promised)
+        stored = read_run(folder, promised, check=check)
     else:
         stored = read_weights(folder, promised) if kind == DSJAX else read_folder(folder)
     config = without_absent_mtp(promised, stored)
@@ -120,6 +138,14 @@ def open_source(folder: Path) -> Source:
     homes = [folder] if kind == HUGGING_FACE else [folder / TOKENIZER, folder / RELEASED]
     carried = {name: file for home in homes for name, file in _carried(home).items()}
     return Source(folder, kind, promised, config, stored, parts, carried)
+
+
+def _open_gguf(file: Path) -> Source:
+    from dsjax.checkpoint.gguf import read_gguf
+
+    config, stored, made = read_gguf(file)
+    parts = match(config, stored, file)
+    return Source(file, GGUF, config, config, stored, parts, carried={}, made=made)
 
 
 def _carried(home: Path) -> dict[str, Path]:

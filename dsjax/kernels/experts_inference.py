@@ -50,7 +50,7 @@ def _in_blocks(x: Array, weights: SwiGLU, order: Order, gates: Array) -> Array:
     A matrix is sliced out of its stack once an expert, which XLA copies at the speed of memory; a
     gather of all chosen matrices at once is five times as slow.
     """
-    blocks = (1,) if x.shape[0] == 1 else BLOCKS
+    blocks = (1,) if x.shape[0] == 1 else BLOCKS  # a single token is one row of each of its experts
     token = jnp.pad(order.token_of_row, (0, blocks[0]))
     gates = jnp.pad(gates, (0, blocks[0]))
 

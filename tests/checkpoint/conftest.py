@@ -12,6 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from released_folders import write_shards
 from safetensors.numpy import save_file
 
 from dsjax.architecture import DeepSeekConfig
@@ -144,14 +145,7 @@ def write_folder(tmp_path: Path, config_json: dict) -> Callable[..., Path]:
         if shards == 1:
             save_file(weights, folder / "model.safetensors", metadata={"format": "np"})
             return folder
-        weight_map = {}
-        for i in range(shards):
-            shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-            part = {name: weights[name] for name in sorted(weights)[i::shards]}
-            save_file(part, folder / shard)
-            weight_map |= dict.fromkeys(part, shard)
-        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        write_shards(folder, weights, shards)
         return folder
 
     return write

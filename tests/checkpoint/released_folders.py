@@ -99,6 +99,12 @@ def write_released(
     for name, data in CARRIED.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
+    write_shards(folder, weights, shards)
+    return weights
+
+
+def write_shards(folder: Path, weights: Weights, shards: int) -> None:
+    """Shards and their index; neighbours by name lie in other shards."""
     weight_map = {}
     for i in range(shards):
         shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
@@ -107,7 +113,6 @@ def write_released(
         weight_map |= dict.fromkeys(part, shard)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return weights
 
 
 def assert_same(folder: Path, weights: Weights) -> None:

@@ -10,7 +10,7 @@ from released_folders import BLOCKS, FAMILIES, write_released
 import dsjax
 from dsjax.checkpoint.convert import convert
 from dsjax.checkpoint.families import ROUTER_BIAS, tensors
-from dsjax.checkpoint.huggingface import load_huggingface
+from dsjax.checkpoint.from_files import load_files
 from dsjax.errors import UserError
 from dsjax.model.layers import variables
 from dsjax.model.transformer import Transformer
@@ -54,9 +54,9 @@ def test_fp8_is_widened_to_what_its_definition_says(tmp_path: Path, dtype: str |
 
 def test_widening_unasked_is_said_in_one_line(tmp_path: Path, capsys) -> None:
     write_released(tmp_path / "hf", BLOCKS, "F8_E4M3")
-    load_huggingface(tmp_path / "hf")
+    load_files(tmp_path / "hf")
     assert capsys.readouterr().err == f"{tmp_path}/hf: FP8 weights are widened to bfloat16\n"
-    load_huggingface(tmp_path / "hf", dtype="bfloat16")
+    load_files(tmp_path / "hf", dtype="bfloat16")
     assert capsys.readouterr().err == ""
 
 
@@ -73,8 +73,8 @@ def test_slices_that_begin_within_a_block_are_widened_alike(
 ) -> None:
     write_released(tmp_path / "hf", BLOCKS, "F8_E4M3")
     convert(tmp_path / "hf", tmp_path / "ours")
-    whole = load_huggingface(tmp_path / "hf", dtype="float32")
-    cut = load_huggingface(tmp_path / form, "float32", Layout(make_mesh(sizes)))
+    whole = load_files(tmp_path / "hf", dtype="float32")
+    cut = load_files(tmp_path / form, "float32", Layout(make_mesh(sizes)))
     assert_equal(cut, whole)
 
 
@@ -95,4 +95,4 @@ def test_a_scale_that_is_none_is_named(tmp_path: Path, bad: float) -> None:
     weights[f"{name}_scale_inv"][-1, -1] = bad
     write_released(tmp_path / "bad", BLOCKS, "F8_E4M3", weights=weights)
     with pytest.raises(UserError, match=f"{name}: the scale of block .* expected a positive"):
-        load_huggingface(tmp_path / "bad")
+        load_files(tmp_path / "bad")

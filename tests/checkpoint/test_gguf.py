@@ -16,8 +16,12 @@ from tokenizers import Tokenizer
 
 from dsjax import load, load_tokenizer
 from dsjax.architecture import DenseConfig, Llama3Config
-from dsjax.checkpoint.gguf import LLAMA3, convert_gguf
+from dsjax.checkpoint import streams
+from dsjax.checkpoint.convert import convert
+from dsjax.checkpoint.gguf import LLAMA3
+from dsjax.checkpoint.inspect import report
 from dsjax.checkpoint.safetensors import read_folder
+from dsjax.checkpoint.source import read_folder_config
 from dsjax.errors import UserError
 from dsjax.model.layers import variables
 
@@ -129,17 +133,38 @@ def rope_factors(config: DenseConfig) -> np.ndarray:
 def test_a_file_becomes_the_model_that_is_in_it(tmp_path: Path, family: str, kind: Kind) -> None:
     config = CONFIGS[family].model_copy(update={"rope_theta": 5e4})
     weights = write(tmp_path / "model.gguf", config, kind)
-    convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    convert(tmp_path / "model.gguf", tmp_path / "out")
     model = load(tmp_path / "out")
     assert model.config == config
     expected = dict(variables(place(config, weights)))
-    for path, variable in variables(model):
+    for found in (model, load(tmp_path / "model.gguf")):
+        for path, variable in variables(found):
+            assert (variable[...] == expected[path][...]).all(), path
+
+
+def test_rows_that_lie_permuted_are_read_in_any_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of dsjax weights as of a folder, some hundred numbers at a time."""
+    monkeypatch.setattr(streams, "SLAB", 100)
+    weights = write(tmp_path / "model.gguf", CONFIGS["llama"], Kind.Q8_0)
+    convert(tmp_path / "model.gguf", tmp_path / "out", to="dsjax")
+    expected = dict(variables(place(CONFIGS["llama"], weights)))
+    for path, variable in variables(load(tmp_path / "out")):
         assert (variable[...] == expected[path][...]).all(), path
+    assert load_tokenizer(tmp_path / "out").eos_id == 1
+
+
+def test_a_file_is_inspected_and_no_folder(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", CONFIGS["qwen2"])
+    assert report(str(tmp_path / "model.gguf"))["family"] == "qwen2"
+    with pytest.raises(UserError, match="make a folder of it first: dsjax convert"):
+        read_folder_config(tmp_path / "model.gguf")
 
 
 def test_bfloat16_is_float32_rounded(tmp_path: Path) -> None:
     weights = write(tmp_path / "model.gguf", CONFIGS["llama"])
-    convert_gguf(tmp_path / "model.gguf", tmp_path / "out", "bfloat16")
+    convert(tmp_path / "model.gguf", tmp_path / "out", dtype="bfloat16", verify=True)
     for name, entry in read_folder(tmp_path / "out").items():
         assert entry.dtype == "BF16"
         assert (entry.read() == weights[name].astype(entry.read().dtype)).all()
@@ -147,7 +172,7 @@ def test_bfloat16_is_float32_rounded(tmp_path: Path) -> None:
 
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", CONFIGS["llama"], pre="smollm")
-    convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    convert(tmp_path / "model.gguf", tmp_path / "out")
     tokenizer = load_tokenizer(tmp_path / "out")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
     assert tokenizer.encode("the 12") == [WORDS.index(piece) for piece in ("the", "Ġ", "1", "2")]
@@ -168,7 +193,7 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
 )
 def test_text_is_cut_as_the_family_cuts_it(tmp_path: Path, pre: str, pieces: list[str]) -> None:
     write(tmp_path / "model.gguf", CONFIGS["llama"], pre=pre)
-    convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    convert(tmp_path / "model.gguf", tmp_path / "out")
     cutter = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).pre_tokenizer
     cut = [piece for piece, _ in cutter.pre_tokenize_str("don't 1234?!\n\n  x")]
     assert [piece.replace("Ċ", "\n") for piece in cut] == pieces
@@ -176,7 +201,7 @@ def test_text_is_cut_as_the_family_cuts_it(tmp_path: Path, pre: str, pieces: lis
 
 def refusal(tmp_path: Path, out: str = "out") -> str:
     with pytest.raises(UserError) as error:
-        convert_gguf(tmp_path / "model.gguf", tmp_path / out)
+        convert(tmp_path / "model.gguf", tmp_path / out)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*.partial"))
     return str(error.value)
@@ -198,7 +223,7 @@ def test_what_would_be_lost_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
-    assert "cannot be read as GGUF" in refusal(tmp_path)
+    assert "no such folder" in refusal(tmp_path)
     file.write_bytes(b"GGUF" + bytes(range(200)))
     assert "cannot be read as GGUF" in refusal(tmp_path)
     write(file, CONFIGS["llama"])

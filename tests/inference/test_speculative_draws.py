@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.configs import CONFIGS
-from reference.weights import place, random_weights
+from reference.weights import drafting_weights, place
 from scipy.stats import chi2_contingency, chisquare
 
 from dsjax.inference import step
@@ -61,19 +61,9 @@ def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    """MTP is the main model without its layers, which say little beside the embedding."""
     sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "first_k_dense_replace": 2}
     config = CONFIGS["v3"].model_copy(update=sizes)
-    weights = random_weights(config, seed=1)
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] *= 0.3
-    mtp = f"model.layers.{config.num_hidden_layers}."
-    size = config.hidden_size
-    weights[mtp + "eh_proj.weight"] = np.eye(size, 2 * size, dtype=np.float32)
-    weights[mtp + "shared_head.norm.weight"] = weights["model.norm.weight"]
-    weights["lm_head.weight"] *= 3
-    return place(config, weights)
+    return place(config, drafting_weights(config, sharpness=3, seed=1))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from dsjax.checkpoint.huggingface import load_huggingface
+from dsjax.checkpoint.from_files import load_files
 from dsjax.model.transformer import Transformer
 
 from .models import CASES, SEEDS, make_model
@@ -35,4 +35,4 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "kimi_k2":  # which transformers knows as deepseek_v3
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "kimi_k2"}))
-    return Pair(theirs, load_huggingface(folder), folder)
+    return Pair(theirs, load_files(folder), folder)

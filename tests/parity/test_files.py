@@ -15,7 +15,7 @@ from reference import numpy_model
 from safetensors.numpy import load_file, save_file
 from transformers import DeepseekV3ForCausalLM
 
-from dsjax.checkpoint.huggingface import load_huggingface
+from dsjax.checkpoint.from_files import load_files
 from dsjax.model.layers import RouterBias, variables
 from dsjax.model.transformer import Transformer
 
@@ -52,20 +52,20 @@ def test_bfloat16_weights_compute_what_transformers_computes_in_float32(
     theirs = DeepseekV3ForCausalLM.from_pretrained(bfloat16, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
-    found, _ = forward(load_huggingface(bfloat16, dtype="float32"), tokens)
+    found, _ = forward(load_files(bfloat16, dtype="float32"), tokens)
     assert np.abs(np.asarray(found) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_bfloat16_weights_stay_as_stored_and_compute_close_to_float32(
     bfloat16: Path, tokens: np.ndarray
 ) -> None:
-    model = load_huggingface(bfloat16)
+    model = load_files(bfloat16)
     assert model.dtype == jnp.bfloat16
     for name, leaf in variables(model):
         assert leaf[...].dtype == (jnp.float32 if isinstance(leaf, RouterBias) else jnp.bfloat16), (
             name
         )
-    exact, _ = forward(load_huggingface(bfloat16, dtype="float32"), tokens)
+    exact, _ = forward(load_files(bfloat16, dtype="float32"), tokens)
     found, _ = forward(model, tokens)
     gap = np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
     # A few tokens go to another expert, where two scores nearly tie.
@@ -103,7 +103,7 @@ def ahead(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_hand_written_mtp_layers_predict_what_the_reference_does(
     ahead: Path, tokens: np.ndarray
 ) -> None:
-    model: Transformer = load_huggingface(ahead)
+    model: Transformer = load_files(ahead)
     logits, mtp_logits = forward(model, tokens)
     config: dict[str, Any] = json.loads((ahead / "config.json").read_text())
     rope = config["rope_parameters"]
@@ -124,7 +124,7 @@ def test_hand_written_mtp_layers_predict_what_the_reference_does(
 def test_transformers_folders_load_without_mtp_and_say_so(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert load_huggingface(folder).mtp is None
+    assert load_files(folder).mtp is None
     assert "holds no MTP weights; the model is loaded without" in capsys.readouterr().err
 
 

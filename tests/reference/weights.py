@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.architecture import ModelConfig
+from dsjax.architecture import DeepSeekConfig, ModelConfig
 from dsjax.checkpoint.families import (
     BIAS,
     EMBEDDING,
@@ -36,6 +36,24 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
         else:
             value = rng.normal(size=tensor.shape)
             weights[tensor.name] = _spread(tensor, value).astype(np.float32)
+    return weights
+
+
+def drafting_weights(
+    config: DeepSeekConfig, sharpness: float, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The same, of a model whose drafts are often right: MTP is the main model without its layers.
+
+    Those say little beside the embedding; `sharpness` multiplies the logits.
+    """
+    weights = random_weights(config, seed)
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] *= 0.3
+    mtp, size = f"model.layers.{config.num_hidden_layers}.", config.hidden_size
+    weights[mtp + "eh_proj.weight"] = np.eye(size, 2 * size, dtype=np.float32)
+    weights[mtp + "shared_head.norm.weight"] = weights["model.norm.weight"]
+    weights["lm_head.weight"] *= sharpness
     return weights
 
 

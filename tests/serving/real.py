@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 from reference.configs import CONFIGS
-from reference.weights import place, random_weights
+from reference.weights import drafting_weights, place
 
 from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
@@ -29,20 +28,11 @@ def served() -> Served:
 
 @functools.cache
 def model() -> Transformer:
-    """Layers say little beside the embedding, and MTP is the model without them: often right."""
+    """Its drafts are often right."""
     sizes = {"vocab_size": served().vocab_size, "max_position_embeddings": CONTEXT}
     stops = {"bos_token_id": tokenizer().bos_id, "eos_token_id": tokenizer().eos_id}
     config = CONFIGS["v3"].model_copy(update=sizes | stops | {"num_hidden_layers": 2})
-    weights = random_weights(config)
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] *= 0.3
-    mtp = f"model.layers.{config.num_hidden_layers}."
-    size = config.hidden_size
-    weights[mtp + "eh_proj.weight"] = np.eye(size, 2 * size, dtype=np.float32)
-    weights[mtp + "shared_head.norm.weight"] = weights["model.norm.weight"]
-    weights["lm_head.weight"] *= 2
-    return place(config, weights)
+    return place(config, drafting_weights(config, sharpness=2))
 
 
 @functools.cache

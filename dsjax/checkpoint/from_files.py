@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
-from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.checkpoint.source import Source, Stored, open_source
 from dsjax.checkpoint.streams import same_numbers
@@ -30,24 +29,20 @@ from dsjax.model.transformer import Transformer
 from dsjax.numerics.fp8_host import dequantize_into
 from sharding.rules import Layout
 
-__all__ = ["load_huggingface", "read_config"]
-
 HELD = {name: DTYPES[name] for name in ("F32", "BF16")}
 """What a weight may be held as, and stored as unless it is FP8."""
 
 CACHE_LINE = 64
 
 
-def load_huggingface(
-    folder: str | Path, dtype: Any = None, layout: Layout | None = None
-) -> Transformer:
-    """The model of a Hugging Face folder, or of weights that `dsjax convert` wrote.
+def load_files(folder: str | Path, dtype: Any = None, layout: Layout | None = None) -> Transformer:
+    """The model of a Hugging Face folder, of weights that `dsjax convert` wrote, or of a GGUF file.
 
     A folder whose config promises MTP layers but which holds no tensor of theirs loads without,
     and says so on stderr.
 
     Args:
-        folder: the folder.
+        folder: the folder, or the file.
         dtype: float32 or bfloat16, to cast all but the router biases, which are always float32.
             None keeps each weight as it is stored, and computes as the embedding is stored; FP8
             becomes bfloat16, and that is said on stderr.

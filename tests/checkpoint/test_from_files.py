@@ -9,7 +9,7 @@ import pytest
 
 from dsjax.architecture import DeepSeekConfig
 from dsjax.checkpoint.families import Tensor, tensors
-from dsjax.checkpoint.huggingface import load_huggingface
+from dsjax.checkpoint.from_files import load_files
 from dsjax.errors import UserError
 from dsjax.model.layers import RouterBias, variable_axes, variables
 from dsjax.model.transformer import Transformer
@@ -40,7 +40,7 @@ def assert_holds(model: Transformer, weights: Weights, config: DeepSeekConfig) -
 
 def refusal(folder: Path) -> str:
     with pytest.raises(UserError) as error:
-        load_huggingface(folder)
+        load_files(folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -50,7 +50,7 @@ def refusal(folder: Path) -> str:
 def test_float32_weights_are_held_bit_by_bit(
     write_folder: Write, weights: Weights, config: DeepSeekConfig, shards: int, capsys
 ) -> None:
-    model = load_huggingface(write_folder(weights, shards=shards))
+    model = load_files(write_folder(weights, shards=shards))
     assert_holds(model, weights, config)
     assert model.config == config
     assert model.dtype == jnp.float32
@@ -61,7 +61,7 @@ def test_float32_weights_are_held_bit_by_bit(
 def test_bfloat16_weights_are_held_bit_by_bit(
     write_folder: Write, weights_bfloat16: Weights, config: DeepSeekConfig, shards: int
 ) -> None:
-    model = load_huggingface(write_folder(weights_bfloat16, shards=shards))
+    model = load_files(write_folder(weights_bfloat16, shards=shards))
     assert_holds(model, weights_bfloat16, config)
     assert model.dtype == jnp.bfloat16
 
@@ -70,7 +70,7 @@ def test_a_given_dtype_casts_all_but_the_router_biases(
     write_folder: Write, weights: Weights
 ) -> None:
     folder = write_folder(weights)
-    kept, cast = held(load_huggingface(folder)), load_huggingface(folder, dtype="bfloat16")
+    kept, cast = held(load_files(folder)), load_files(folder, dtype="bfloat16")
     assert cast.dtype == jnp.bfloat16
     for path, variable in variables(cast):
         expected = jnp.float32 if isinstance(variable, RouterBias) else jnp.bfloat16
@@ -80,7 +80,7 @@ def test_a_given_dtype_casts_all_but_the_router_biases(
 
 def test_a_dtype_that_holds_no_weights_is_refused(write_folder: Write, weights: Weights) -> None:
     with pytest.raises(UserError, match="dtype=int8: weights are held as float32 or bfloat16"):
-        load_huggingface(write_folder(weights), dtype="int8")
+        load_files(write_folder(weights), dtype="int8")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_eight_devices_hold_the_slices_that_the_layout_gives_them(
     write_folder: Write, weights: Weights, config: DeepSeekConfig, sizes: dict[str, int]
 ) -> None:
     layout = Layout(make_mesh(sizes))
-    model = load_huggingface(write_folder(weights), layout=layout)
+    model = load_files(write_folder(weights), layout=layout)
     assert_holds(model, weights, config)
     for path, variable in variables(model):
         array = variable[...]
@@ -108,7 +108,7 @@ def test_eight_devices_hold_the_slices_that_the_layout_gives_them(
 
 
 def test_the_loaded_model_runs(write_folder: Write, weights: Weights) -> None:
-    logits = load_huggingface(write_folder(weights))(jnp.arange(16)[None]).logits
+    logits = load_files(write_folder(weights))(jnp.arange(16)[None]).logits
     assert logits.shape == (1, 16, 48)
     assert jnp.isfinite(logits).all()
 
@@ -127,7 +127,7 @@ def test_a_model_of_other_parts_is_loaded_too(
     rng = np.random.default_rng(1)
     weights = {t.name: rng.normal(size=t.shape).astype(np.float32) for t in own(config)}
     weights |= {t.name: weights[t.repeats] for t in tensors(config) if t.repeats}
-    model = load_huggingface(write_folder(weights, config=config_json | change))
+    model = load_files(write_folder(weights, config=config_json | change))
     assert model.dense_layers is None
     assert_holds(model, weights, config)
 
@@ -140,13 +140,13 @@ def test_loading_holds_one_parameter_beside_the_model(
     weights = {t.name: np.ones(t.shape, np.float32) for t in own(config)}
     weights |= {t.name: weights[t.repeats] for t in tensors(config) if t.repeats}
     folder = write_folder(weights, config=config_json | change)
-    load_huggingface(folder)  # What is imported and traced once is not what is measured.
+    load_files(folder)  # What is imported and traced once is not what is measured.
     size = sum(4 * tensor.size for tensor in own(config))
     largest = max(weight.nbytes for weight in weights.values())
     del weights
     tracemalloc.start()
     try:
-        model = load_huggingface(folder)
+        model = load_files(folder)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -159,7 +159,7 @@ def test_a_folder_without_mtp_tensors_loads_without_mtp_and_says_so(
 ) -> None:
     main = {name: w for name, w in weights.items() if not name.startswith("model.layers.3.")}
     folder = write_folder(main)
-    model = load_huggingface(folder)
+    model = load_files(folder)
     said = capsys.readouterr().err
     assert said == f"{folder}: holds no MTP weights; the model is loaded without\n"
     assert model.mtp is None
@@ -225,7 +225,7 @@ def test_a_stack_stored_in_two_dtypes_needs_one_chosen(
     message = refusal(folder)
     assert name in message
     assert "choose one by dtype=" in message
-    load_huggingface(folder, dtype="float32")
+    load_files(folder, dtype="float32")
 
 
 def test_parameters_stored_apart_keep_their_own_dtypes(
@@ -233,4 +233,4 @@ def test_parameters_stored_apart_keep_their_own_dtypes(
 ) -> None:
     for name in ("model.norm.weight", "model.layers.3.enorm.weight"):
         weights_bfloat16[name] = weights_bfloat16[name].astype(np.float32)
-    assert_holds(load_huggingface(write_folder(weights_bfloat16)), weights_bfloat16, config)
+    assert_holds(load_files(write_folder(weights_bfloat16)), weights_bfloat16, config)
