@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
@@ -155,9 +156,17 @@ def _size(text: str) -> int:
 
 
 def _temperature(text: str) -> float:
-    value = float(text)
+    """A number that is one.
+
+    >>> _temperature("0.6")
+    0.6
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 100:
-        raise ArgumentTypeError(f"{text} is no temperature; expected 0 to 100")
+        raise ArgumentTypeError(f"{text!r} is no temperature; expected 0 to 100")
     return value
 
 
