@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def config_of(size: int) -> DeepSeekConfig:
-    """V3 cut to at most this many bytes: layers first, then experts, then the vocabulary."""
+    """V3 cut to about this many bytes, no fewer: layers first, then experts, then vocabulary."""
     config = load_model_config("v3-671b")
     assert isinstance(config, DeepSeekConfig)
     cuts: list[dict[str, int]] = [
@@ -49,10 +49,11 @@ def config_of(size: int) -> DeepSeekConfig:
     cuts += [{"n_routed_experts": n, "n_group": 1, "topk_group": 1} for n in range(248, 7, -8)]
     cuts += [{"vocab_size": n} for n in (65536, 32768, 16384, 8192)]
     for cut in cuts:
-        config = config.model_copy(update=cut)
-        if _bytes(config) <= size:
-            return config
-    raise SystemExit(f"{size} bytes hold no model of V3's widths; give 3 GB or more")
+        smaller = config.model_copy(update=cut)
+        if _bytes(smaller) < size:
+            break
+        config = smaller
+    return config
 
 
 def _bytes(config: ModelConfig) -> int:

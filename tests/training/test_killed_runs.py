@@ -1,7 +1,7 @@
 """SIGKILL at any moment: what is resumed is the run that was never killed."""
 
 import random
-import subprocess
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,10 +16,11 @@ from dsjax.data.sources import open_corpus
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.training.metrics import read_metrics
 from dsjax.training.step import init_state
-from tests.training.runs import ENVIRONMENT, config, train, train_command, write_corpus
+from tests.forked import Forks, forks
+from tests.training.runs import ENVIRONMENT, config, overrides, write_corpus
 
-KILLS = 20
-STEPS = 150
+KILLS, INSIDE_A_SAVE = 20, 5
+STEPS = 40
 CHANGES = {
     "training__tokens": STEPS * 8 * 32,
     "checkpoint__every_steps": 1,
@@ -53,36 +54,8 @@ def restored(settings, run_dir: Path):
 def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    begin = time.monotonic()
-    done = train(corpus, whole, **CHANGES)
-    assert done.returncode == 0, done.stderr
-    duration = time.monotonic() - begin
-
-    rng = random.Random(0)
-    inside = kills = 0
-    command = train_command(corpus, broken, **CHANGES)
-    while kills < KILLS:
-        with (tmp_path / "errors.txt").open("w") as errors:
-            process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=errors, env=ENVIRONMENT
-            )
-        try:
-            # From the first import to well among the steps and their saves; twenty such
-            # stretches together are longer than the whole run.
-            process.wait(rng.uniform(0, duration / 4))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-            inside += any(broken.glob("checkpoints/*.tmp-*"))
-            continue
-        assert process.returncode == 0, (tmp_path / "errors.txt").read_text()
-        if kills < KILLS:  # it got through: begin again, so that every kill meets a run
-            for path in (broken / "checkpoints").iterdir():
-                subprocess.run(["rm", "-r", str(path)], check=True)
-    assert subprocess.run(command, capture_output=True, env=ENVIRONMENT).returncode == 0
-    print(f"{kills} kills, {inside} of them inside an open save", file=sys.stderr)
-    assert inside >= 5
+    with forks(tmp_path / "output.txt", ENVIRONMENT) as processes:
+        kill_twenty_times(processes, corpus, whole, broken)
 
     settings = config(corpus, whole, **CHANGES)
     (step, state, batches), (step_2, state_2, batches_2) = (
@@ -103,3 +76,43 @@ def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(tmp_path):
         for run in (whole, broken)
     ]
     assert losses[0] == losses[1]
+
+
+def kill_twenty_times(processes: Forks, corpus: Path, whole: Path, broken: Path) -> None:
+    """One run in one piece, another in twenty-one, of which at least five end within a save."""
+
+    def start(run_dir: Path) -> None:
+        processes.start("train", "cpu-tiny", *overrides(corpus, run_dir, **CHANGES))
+
+    def finish(run_dir: Path) -> float:
+        begin = time.monotonic()
+        start(run_dir)
+        assert processes.wait(300) == 0, processes.output.read_text()
+        return time.monotonic() - begin
+
+    finish(broken)  # Only the next one finds its programs compiled.
+    duration = finish(whole)
+    clear(broken)
+    rng = random.Random(0)
+    inside = kills = 0
+    while kills < KILLS or inside < INSIDE_A_SAVE:
+        assert kills < 3 * KILLS, f"only {inside} of {kills} kills met an open save"
+        start(broken)
+        # From the start to well among the steps and their saves; twenty such stretches together
+        # are longer than the whole run.
+        code = processes.wait(rng.uniform(0, duration / 2))
+        if code is None:
+            processes.kill()
+            kills += 1
+            inside += any(broken.glob("checkpoints/*.tmp-*"))
+            continue
+        assert code == 0, processes.output.read_text()
+        clear(broken)
+    finish(broken)
+    print(f"{kills} kills, {inside} of them inside an open save", file=sys.stderr)
+
+
+def clear(run_dir: Path) -> None:
+    """It got through: begin again, so that every kill meets a run."""
+    for path in (run_dir / "checkpoints").iterdir():
+        shutil.rmtree(path)
