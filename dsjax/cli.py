@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsjax.errors import UserError, one_line
+from dsjax.errors import UserError
 
 DESCRIPTION = "DeepSeek-V3 and R1 in JAX: look at models, here; train.py trains one."
 
@@ -43,7 +43,7 @@ def run(command: Callable[[], None]) -> NoReturn:
     try:
         command()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
