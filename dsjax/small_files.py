@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO, NoReturn
@@ -41,8 +42,8 @@ def read_small(file: Path, limit: int = MAX_BYTES) -> bytes:
     """
     try:
         with open_file(file) as stream:
-            data = stream.read(limit + 1) if file.stat().st_size <= limit else b""
-            size = max(len(data), file.stat().st_size)
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(size) if size <= limit else b""
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     if size > limit:

@@ -117,8 +117,7 @@ def read_gguf(file: Path) -> tuple[DenseConfig, dict[str, GgufTensor], dict[str,
         UserError: the `gguf` package is missing; the file is damaged, of another family, or holds
             something that would be lost.
     """
-    reader = _open(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    reader, fields = _open(file)
     found = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(fields, found.keys(), file)
     if (factors := found.pop(ROPE_FACTORS, None)) is not None:
@@ -134,14 +133,16 @@ def read_gguf(file: Path) -> tuple[DenseConfig, dict[str, GgufTensor], dict[str,
     return config, stored, tokenizer_files(fields, file)
 
 
-def _open(file: Path) -> GGUFReader:
+def _open(file: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    """The file, and its fields by name."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise UserError("reading GGUF needs the gguf package: pip install 'dsjax[gguf]'") from None
     try:
         check_header(file)
-        return GGUFReader(file)
+        reader = GGUFReader(file)
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise UserError(f"{file}: cannot be read as GGUF: {one_line(error)}") from error
 

@@ -1,19 +1,21 @@
 """Headers that nobody would write: 10,000 of safetensors, 1,000 of GGUF.
 
-Whatever a file holds, its reader returns what lies within the file, or raises one line. It takes no
-other way, no time, and no memory but a small multiple of the file. Cases are drawn by hypothesis, the
-same ones every time.
+Whatever a file holds, its reader returns what lies within the file, or raises one line: nothing
+else, at once, and in memory that is a small multiple of the file. hypothesis draws what is sound,
+and a seed; ten damages of it are ten cases, the same ones every time.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import struct
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -42,13 +44,6 @@ def cases(count: int) -> Callable[..., Any]:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def traced() -> Iterator[None]:
-    tracemalloc.start()
-    yield
-    tracemalloc.stop()
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
@@ -56,15 +51,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read_within_bounds(read: Callable[[Path], Any], path: Path, size: int) -> Any:
     """What the reader returns, or None if it refuses; anything else fails."""
-    tracemalloc.reset_peak()
-    before, begin = tracemalloc.get_traced_memory()[0], time.monotonic()
+    tracemalloc.start()
+    begin = time.monotonic()
     try:
         found = read(path)
     except UserError as error:
         assert str(error).isprintable() and str(path.parent) in str(error)
         found = None
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     assert time.monotonic() - begin < SECONDS
-    assert tracemalloc.get_traced_memory()[1] - before < MEMORY + 50 * size
+    assert peak < MEMORY + 50 * size
     return found
 
 
@@ -88,32 +86,16 @@ def check_header(file: Path, data: bytes) -> None:
 # What headers are made of
 # ---------------------------------------------------------------------------------------------
 
-HOSTILE = st.sampled_from(
-    [
-        None,
-        True,
-        False,
-        -1,
-        0,
-        1,
-        0.5,
-        2**31,
-        2**32,
-        2**53,
-        2**62,
-        2**63,
-        2**64,
-        10**30,
-        float("nan"),
-    ]
-    + [float("inf"), "", "F32", "f32", "\0", "\x1b[2J", "\ud800", "../x", [], {}, [[]], [1, 2]]
-    + [[2**32, 2**32], [0, 2**62, 2**62], [-1, -4], [1] * 100, {"dtype": "F32"}, [0, 4], [4, 0]]
-)
+NUMBERS = [-1, 0, 1, 0.5, 2**31, 2**32, 2**53, 2**62, 2**63, 2**64, 10**30]
+TEXTS = ["", "F32", "f32", "\0", "\x1b[2J", "\ud800", "../x"]
+LISTS = [[], [[]], [1, 2], [0, 4], [4, 0], [-1, -4], [1] * 100, [2**32] * 2, [0, 2**62, 2**62]]
+OTHERS = [None, True, False, math.nan, math.inf, {}, {"dtype": "F32"}]
+HOSTILE = [*NUMBERS, *TEXTS, *LISTS, *OTHERS]
 NAMES = st.one_of(
     st.text(max_size=6), st.sampled_from(["a", "__metadata__", "dtype", "weight_map"])
 )
 TREES = st.recursive(
-    st.one_of(HOSTILE, st.integers(), st.text(max_size=4)),
+    st.one_of(st.sampled_from(HOSTILE), st.integers(), st.text(max_size=4)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=8,
 )
@@ -143,45 +125,37 @@ def data_of(header: dict[str, Any]) -> int:
     return max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
 
 
-@st.composite
-def spoiled_headers(draw: st.DrawFn) -> bytes:
-    """One value of a sound header is another, at any depth."""
-    header = draw(sound_headers())
-    size = data_of(header)
+def spoiled(header: dict[str, Any], random: Random) -> bytes:
+    """The header with another value at some depth."""
+    header, size = copy.deepcopy(header), data_of(header)
     node: Any = header
     while isinstance(node, dict | list) and node:
-        key = draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
-        if not isinstance(node[key], dict | list) or draw(st.booleans()):
-            node[key] = draw(TREES)
+        key = random.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        if not isinstance(node[key], dict | list) or random.random() < 0.4:
+            node[key] = random.choice([*HOSTILE, [random.choice(HOSTILE), random.choice(HOSTILE)]])
             break
         node = node[key]
     return written(header, size)
 
 
-def damage(draw: st.DrawFn, data: bytes) -> bytes:
-    """Some bytes of a file flipped, left out or put in, or its length another."""
-    for _ in range(draw(st.integers(0, 3))):
-        at = draw(st.integers(0, len(data)))
-        kind = draw(st.sampled_from(["flip", "cut", "insert", "number", "move"]))
+def damaged(data: bytes, random: Random) -> bytes:
+    """Some bytes flipped, left out, put in, moved, or read as a number that is another."""
+    for _ in range(random.randint(1, 3)):
+        at = random.randint(0, len(data))
+        kind = random.choice(["flip", "cut", "insert", "number", "move"])
         if kind == "flip" and at < len(data):
-            data = data[:at] + bytes([data[at] ^ 1 << draw(st.integers(0, 7))]) + data[at + 1 :]
+            data = data[:at] + bytes([data[at] ^ 1 << random.randint(0, 7)]) + data[at + 1 :]
         elif kind == "cut":
             data = data[:at]
         elif kind == "insert":
-            data = data[:at] + draw(st.binary(max_size=9)) + data[at:]
+            data = data[:at] + random.randbytes(random.randint(1, 9)) + data[at:]
         elif kind == "number":
-            number = draw(st.sampled_from([0, 1, 255, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1]))
+            number = random.choice([0, 1, 255, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1])
             data = data[:at] + struct.pack("<Q", number) + data[at + 8 :]
         else:
-            to = draw(st.integers(0, len(data)))
-            data = data[:at] + data[to : to + 40] + data[at:]
+            begin = random.randint(0, len(data))
+            data = data[:at] + data[begin : begin + 40] + data[at:]
     return data
-
-
-@st.composite
-def damaged_files(draw: st.DrawFn) -> bytes:
-    header = draw(sound_headers())
-    return damage(draw, written(header, data_of(header)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,7 +163,7 @@ def damaged_files(draw: st.DrawFn) -> bytes:
 # ---------------------------------------------------------------------------------------------
 
 
-@cases(1000)
+@cases(500)
 @given(header=sound_headers())
 def test_sound_headers_are_read(place: Path, header: dict[str, Any]) -> None:
     """The control: all but names that are no printable text."""
@@ -198,53 +172,54 @@ def test_sound_headers_are_read(place: Path, header: dict[str, Any]) -> None:
     try:
         names = read_header(file).keys()
     except UserError as error:
-        assert "printable" in str(error) or "__metadata__" in str(error)
+        assert "printable" in str(error)
     else:
         assert names == header.keys() - {"__metadata__"}
     check_header(file, file.read_bytes())
 
 
-@cases(3000)
-@given(data=damaged_files())
-def test_damaged_files_are_read_or_refused(place: Path, data: bytes) -> None:
-    check_header(place / "damaged.safetensors", data)
+@cases(400)
+@given(header=sound_headers(), seed=st.integers(0, 2**32))
+def test_damaged_files_are_read_or_refused(place: Path, header: dict[str, Any], seed: int) -> None:
+    random, data = Random(seed), written(header, data_of(header))
+    for _ in range(10):
+        check_header(place / "damaged.safetensors", damaged(data, random))
 
 
-@cases(3000)
-@given(data=spoiled_headers())
-def test_spoiled_headers_are_read_or_refused(place: Path, data: bytes) -> None:
-    check_header(place / "spoiled.safetensors", data)
+@cases(400)
+@given(header=sound_headers(), seed=st.integers(0, 2**32))
+def test_spoiled_headers_are_read_or_refused(
+    place: Path, header: dict[str, Any], seed: int
+) -> None:
+    random = Random(seed)
+    for _ in range(10):
+        check_header(place / "spoiled.safetensors", spoiled(header, random))
 
 
-@cases(1000)
+@cases(500)
 @given(text=st.binary(max_size=80), length=st.none() | st.integers(0, 2**64 - 1))
 def test_any_bytes_are_read_or_refused(place: Path, text: bytes, length: int | None) -> None:
     said = len(text) if length is None else length
     check_header(place / "bytes.safetensors", struct.pack("<Q", said) + text)
 
 
-@cases(1000)
+@cases(500)
 @given(tree=TREES, data=st.integers(0, 8))
 def test_any_json_is_read_or_refused(place: Path, tree: Any, data: int) -> None:
     check_header(place / "json.safetensors", written(tree, data))
 
 
-@cases(1000)
-@given(header=sound_headers(), tree=TREES, spoiled=st.integers(0, 2))
-def test_any_index_is_read_or_refused(
-    place: Path, header: dict[str, Any], tree: Any, spoiled: int
-) -> None:
+@cases(500)
+@given(tree=TREES, as_map=st.booleans())
+def test_any_index_is_read_or_refused(place: Path, tree: Any, as_map: bool) -> None:
     folder = place / "folder"
     folder.mkdir(exist_ok=True)
-    data = written(header, data_of(header))
-    (folder / "shard").write_bytes(data)
-    names: dict[str, Any] = dict.fromkeys(header.keys() - {"__metadata__"}, "shard")
-    if spoiled and names:
-        names[next(iter(names))] = tree
-    index = tree if spoiled == 2 else {"weight_map": names}
+    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    (folder / "shard").write_bytes(written({"a": tensor}, 4))
+    index = {"weight_map": {"a": "shard", "b": tree}} if as_map else tree
     (folder / INDEX).write_text(json.dumps(index))
-    found = read_within_bounds(read_folder, folder, len(data))
-    assert found is None or found.keys() == names.keys()
+    found = read_within_bounds(read_folder, folder, len(json.dumps(index)))
+    assert found is None, "no index that is drawn here is right"
 
 
 def test_the_library_is_there_to_disagree(place: Path) -> None:
@@ -261,19 +236,18 @@ def test_the_library_is_there_to_disagree(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sound_gguf(place: Path) -> bytes:
+def sound_gguf(place: Path) -> Path:
     test_gguf.write(place / "sound.gguf", test_gguf.CONFIGS["llama"])
-    return (place / "sound.gguf").read_bytes()
+    return place / "sound.gguf"
 
 
-@cases(1000)
-@given(draw=st.data())
-def test_gguf_files_are_read_or_refused(
-    place: Path, sound_gguf: bytes, draw: st.DataObject
-) -> None:
+@cases(100)
+@given(seed=st.integers(0, 2**32))
+def test_gguf_files_are_read_or_refused(place: Path, sound_gguf: Path, seed: int) -> None:
     """Damaged in the header, which comes first."""
-    end = sound_gguf.index(b"output_norm.weight") + 100
+    data, random = sound_gguf.read_bytes(), Random(seed)
+    end = data.index(b"output_norm.weight") + 100
     file = place / "model.gguf"
-    header = damage(lambda strategy: draw.draw(strategy), sound_gguf[:end])
-    file.write_bytes(header + sound_gguf[end:])
-    read_within_bounds(read_gguf, file, file.stat().st_size)
+    for _ in range(10):
+        file.write_bytes(damaged(data[:end], random) + data[end:])
+        read_within_bounds(read_gguf, file, file.stat().st_size)
