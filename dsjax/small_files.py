@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+from io import BufferedReader
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from dsjax.errors import UserError, one_line
 
@@ -23,7 +24,7 @@ MAX_BYTES = 100_000_000
 """What is read at once; tokenizers take a tenth of it."""
 
 
-def open_file(file: Path) -> BinaryIO:
+def open_file(file: Path) -> BufferedReader:
     """A file for reading; what is no file is not opened: to open a pipe is to wait for its writer.
 
     Raises:

@@ -92,6 +92,15 @@ def test_what_is_sound_is_not(sound: Path, tmp_path: Path, command: Command) -> 
         shutil.rmtree(out, ignore_errors=True)
 
 
+def test_a_path_that_cannot_be_looked_at(sound: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    source, out = str(sound / "single"), str(tmp_path / "out")
+    for path in (str(tmp_path / "loop"), str(tmp_path / ("a" * 300))):
+        for line in (["inspect", path], ["convert", path, out], ["convert", source, path]):
+            ended = command(line)
+            assert_refused(ended["code"], ended["err"], "cannot be looked at")
+
+
 @pytest.mark.parametrize("name", ["a pickle in disguise", "a shard that is a pipe", "10^9 layers"])
 def test_the_command_itself_refuses_it(name: str, sound: Path, tmp_path: Path) -> None:
     kind = next(kind for kind in KINDS if kind.name == name)
