@@ -17,22 +17,34 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Size = Annotated[int, Field(gt=0, lt=1 << 31, strict=True)]
+"""A size or a position, which devices count in 32 bits. True and "3" and 3.0 are none."""
+
+Count = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+"""A size that may be 0."""
+
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 100_000
+"""In all layers together: every tensor is accounted for by name, in memory, and a config that says
+more says it by mistake. Kimi-K2 has 23,424."""
+
+
 class YarnConfig(Section):
     """YaRN context extension (arXiv:2309.00071), with DeepSeek's two mscales."""
 
     factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(gt=0)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
+    original_max_position_embeddings: Size
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+    mscale: float = Field(1.0, ge=0)
+    mscale_all_dim: float = Field(0.0, ge=0)
 
 
 class Llama3Config(Section):
     """Llama 3.1's context extension: slow pairs are interpolated, fast ones stay as they are."""
 
     factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(gt=0)
+    original_max_position_embeddings: Size
     low_freq_factor: float = Field(gt=0)
     high_freq_factor: float = Field(gt=0)
 
@@ -60,22 +72,22 @@ _RopeScaling = Annotated[
 class _Architecture(Section):
     """What all families have."""
 
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0)
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Annotated[Size, Field(le=MAX_LAYERS)]
+    max_position_embeddings: Size
     rms_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float = Field(0.006, gt=0)
     embedding_initializer_range: float | None = Field(None, gt=0)
     """Of the token embedding; None: like all the rest, as DeepSeek trains. A model that sees few
     tokens learns faster when they are not small beside what attention adds to them."""
 
-    num_attention_heads: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
+    num_attention_heads: Size
+    intermediate_size: Size
+    rope_theta: float = Field(10000.0, gt=1)
 
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    bos_token_id: int | None = Field(None, strict=True)
+    eos_token_id: int | None = Field(None, strict=True)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -102,26 +114,26 @@ class DeepSeekConfig(_Architecture):
 
     model_type: Literal["deepseek_v3", "deepseek_v2", "kimi_k2"] = "deepseek_v3"
 
-    q_lora_rank: int | None = Field(None, gt=0)
-    kv_lora_rank: int = Field(gt=0)
-    qk_nope_head_dim: int = Field(gt=0)
-    qk_rope_head_dim: int = Field(gt=0)
-    v_head_dim: int = Field(gt=0)
+    q_lora_rank: Size | None = None
+    kv_lora_rank: Size
+    qk_nope_head_dim: Size
+    qk_rope_head_dim: Size
+    v_head_dim: Size
     rope_scaling: YarnConfig | None = None
 
-    first_k_dense_replace: int = Field(0, ge=0)
-    moe_intermediate_size: int = Field(gt=0)
-    n_routed_experts: int = Field(gt=0)
-    n_shared_experts: int = Field(0, ge=0)
-    num_experts_per_tok: int = Field(gt=0)
-    n_group: int = Field(1, gt=0)
-    topk_group: int = Field(1, gt=0)
+    first_k_dense_replace: Count = 0
+    moe_intermediate_size: Size
+    n_routed_experts: Size
+    n_shared_experts: Count = 0
+    num_experts_per_tok: Size
+    n_group: Size = 1
+    topk_group: Size = 1
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
 
-    num_nextn_predict_layers: int = Field(0, ge=0)
+    num_nextn_predict_layers: Annotated[Count, Field(le=MAX_LAYERS)] = 0
 
     def _problems(self) -> Iterator[tuple[bool, str]]:
         yield from super()._problems()
@@ -130,6 +142,12 @@ class DeepSeekConfig(_Architecture):
             c.qk_rope_head_dim % 2 != 0,
             f"qk_rope_head_dim={c.qk_rope_head_dim} is odd, but rotary pairs need an even number; "
             f"choose {c.qk_rope_head_dim + 1}",
+        )
+        layers = c.num_hidden_layers + c.num_nextn_predict_layers
+        yield (
+            layers * c.n_routed_experts > MAX_EXPERTS,
+            f"n_routed_experts={c.n_routed_experts} in {layers} layers are more than the "
+            f"{MAX_EXPERTS} experts that a model can have here; is one a mistake?",
         )
         for few, many in (
             ("num_experts_per_tok", "n_routed_experts"),
@@ -201,8 +219,8 @@ class DenseConfig(_Architecture):
 
     model_type: Literal["llama", "qwen2", "qwen3"]
 
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    num_key_value_heads: Size
+    head_dim: Size
     tie_word_embeddings: bool = False
     """Whether logits are read off the embedding; the model then has no head of its own."""
     rope_scaling: _RopeScaling | None = None

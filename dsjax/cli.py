@@ -43,7 +43,7 @@ def run(command: Callable[[], None]) -> NoReturn:
     try:
         command()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -70,6 +70,17 @@ def _call_verb() -> None:
     arguments.pop("verb")(**arguments)
 
 
+def _path(text: str) -> Path:
+    """A path that can be looked at; whether something is there is for the verb to say."""
+    path = Path(text)
+    try:
+        path.resolve()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, forbidden, or a link to itself
+        raise argparse.ArgumentTypeError(f"cannot be looked at: {one_line(error)}") from None
+    return path
+
+
 def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb = verbs.add_parser(
         "inspect",
@@ -80,6 +91,7 @@ def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument(
         "source",
         metavar="CONFIG|FOLDER",
+        type=_path,
         help="a Hugging Face folder, dsjax weights, a run, a GGUF file, a config.json, a YAML "
         "file, or a name under configs/",
     )
@@ -93,10 +105,10 @@ def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.set_defaults(verb=_inspect)
 
 
-def _inspect(source: str, json: bool, verify: bool) -> None:
+def _inspect(source: Path, json: bool, verify: bool) -> None:
     from dsjax.checkpoint.inspect import inspect
 
-    inspect(source, as_json=json, verify=verify)
+    inspect(str(source), as_json=json, verify=verify)
 
 
 CONVERT = """\
@@ -131,10 +143,10 @@ def _add_convert(verbs: argparse._SubParsersAction[Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument(
-        "source", metavar="SRC", type=Path, help="the folder that holds the model, or a GGUF file"
+        "source", metavar="SRC", type=_path, help="the folder that holds the model, or a GGUF file"
     )
     verb.add_argument(
-        "destination", metavar="DST", type=Path, help="a folder that is not there yet"
+        "destination", metavar="DST", type=_path, help="a folder that is not there yet"
     )
     verb.add_argument(
         "--to",

@@ -12,10 +12,22 @@ from pydantic import BaseModel, Tag, ValidationError
 from dsjax.architecture import FAMILIES, ModelConfig
 from dsjax.config import RunConfig
 from dsjax.errors import UserError, one_line
+from dsjax.small_files import read_small
 
 T = TypeVar("T", bound=BaseModel)
 
+MAX_YAML_BYTES = 1_000_000
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases: ten of ten of ten ... is a text of a page, and fills any memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) is not read; write out what it stands for")
+        return super().compose_node(parent, index)
 
 
 def load_model_config(name: str | Path) -> ModelConfig:
@@ -61,9 +73,11 @@ def find_config(name: str | Path, folder: Path) -> Path:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping, or raise `UserError`."""
+    text = read_small(path, MAX_YAML_BYTES)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = yaml.load(text.decode("utf-8"), _Loader)
+    # A date that is none, or a number of 5,000 digits, is a ValueError of Python's own.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")

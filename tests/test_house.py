@@ -36,7 +36,9 @@ FLOORS = {
 }
 """Each room's floor. A room imports from floors below its own, and from itself."""
 
-ROOM_OF = {"dsjax.architecture": "dsjax.config", "dsjax.config_files": "dsjax.config"}
+ROOM_OF = dict.fromkeys(
+    ("dsjax.architecture", "dsjax.config_files", "dsjax.small_files"), "dsjax.config"
+)
 """Files of floor 0 that make one room with config.py."""
 
 DOORS = {"dsjax", "dsjax.__main__", "dsjax.cli", "train", "serve"}

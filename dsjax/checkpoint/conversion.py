@@ -16,7 +16,7 @@ import yaml
 
 from dsjax.checkpoint.export_config import make_config, to_bytes, with_dtype
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
-from dsjax.checkpoint.safetensors import INDEX, SINGLE, parse_json
+from dsjax.checkpoint.safetensors import INDEX, SINGLE
 from dsjax.checkpoint.source import RUN, Source, Stored
 from dsjax.checkpoint.streams import Item
 from dsjax.checkpoint.tables import human
@@ -34,6 +34,7 @@ from dsjax.checkpoint.weights_folder import (
     stack_of,
 )
 from dsjax.errors import UserError
+from dsjax.small_files import MAX_BYTES, parse_json, read_small
 
 HF, DSJAX = "hf", "dsjax"
 FORMATS = (DSJAX, HF)
@@ -43,9 +44,6 @@ DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "fp8": FP8}
 SHARD_BYTES = 2_000_000_000
 """What a shard takes at most, unless one tensor takes more. Smaller than DeepSeek's 4.3 GB: what is
 not finished when a conversion is killed is done again."""
-
-CARRIED_BYTES = 100_000_000
-"""What a file that travels along may take; tokenizers take a tenth of it."""
 
 _CONVERTED = ("BF16", "F16", "F32", FP8)
 _OF_TOKENIZER = re.compile(
@@ -304,7 +302,7 @@ def _jobs(
 
 def _carried(source: Source, dtype: str | None, to: str) -> dict[str, bytes]:
     """Tokenizer, templates and settings as they are; config.json says the dtype that is true."""
-    files = {name: _read_small(file) for name, file in source.carried.items()} | source.made
+    files = _read_carried(source.carried) | source.made
     config = files.get("config.json")
     written = None if dtype is None else DTYPE_NAMES[dtype]
     if config is not None and written is not None:
@@ -321,9 +319,16 @@ def _carried(source: Source, dtype: str | None, to: str) -> dict[str, bytes]:
     return {f"{homes[name]}/{name}": data for name, data in files.items()}
 
 
-def _read_small(file: Path) -> bytes:
-    if (size := file.stat().st_size) > CARRIED_BYTES:
-        raise UserError(
-            f"{file}: {human(size)}, too large for a file that holds no weights; move it away"
-        )
-    return file.read_bytes()
+def _read_carried(carried: dict[str, Path]) -> dict[str, bytes]:
+    """Their contents, which together are as small as a single small file."""
+    files: dict[str, bytes] = {}
+    left = MAX_BYTES
+    for name, file in carried.items():
+        if (size := file.stat().st_size) > left:
+            raise UserError(
+                f"{file}: {human(size)}, too large for a file that holds no weights, where all of "
+                f"them take at most {human(MAX_BYTES)}; move it away"
+            )
+        files[name] = read_small(file)
+        left -= len(files[name])
+    return files

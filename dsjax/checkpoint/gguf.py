@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsjax.architecture import FAMILIES, DenseConfig
+from dsjax.checkpoint.gguf_header import check_header
 from dsjax.checkpoint.gguf_tokenizer import tokenizer_files
 from dsjax.config_files import parse_model
 from dsjax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-
-_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -118,28 +117,32 @@ def read_gguf(file: Path) -> tuple[DenseConfig, dict[str, GgufTensor], dict[str,
         UserError: the `gguf` package is missing; the file is damaged, of another family, or holds
             something that would be lost.
     """
-    reader = _open(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    reader, fields = _open(file)
     found = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(fields, found.keys(), file)
     if (factors := found.pop(ROPE_FACTORS, None)) is not None:
         _check_rope_factors(factors.data, config, file)
-    stored = {}
+    stored: dict[str, GgufTensor] = {}
     for tensor in found.values():
         name = _released_name(tensor.name)
+        if name in stored:
+            raise UserError(f"{file}: holds {name} twice; the second time as {tensor.name}")
         shape = tuple(int(size) for size in reversed(tensor.shape))
         heads = _heads(name, config)
         stored[name] = GgufTensor(file, shape, heads, tensor.data, tensor.tensor_type)
     return config, stored, tokenizer_files(fields, file)
 
 
-def _open(file: Path) -> GGUFReader:
+def _open(file: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    """The file, and its fields by name."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise UserError("reading GGUF needs the gguf package: pip install 'dsjax[gguf]'") from None
     try:
-        return GGUFReader(file)
+        check_header(file)
+        reader = GGUFReader(file)
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise UserError(f"{file}: cannot be read as GGUF: {one_line(error)}") from error
 
@@ -159,23 +162,25 @@ def _config(fields: dict[str, Any], names: Collection[str], file: Path) -> Dense
 
     def field(name: str, default: Any = None) -> Any:
         value = fields.get(f"{family}.{name}", default)
-        if value is None:
-            raise UserError(f"{file}: the field '{family}.{name}' is missing")
+        if not isinstance(value, int | float):
+            found = "missing" if value is None else f"{value!r}, expected a number"
+            raise UserError(f"{file}: the field '{family}.{name}' is {found}")
         return value
 
     if (scaling := fields.get(f"{family}.rope.scaling.type", "none")) != "none":
         raise UserError(f"{file}: rotary extension {scaling!r} is not read from GGUF files")
     heads, hidden = field("attention.head_count"), field("embedding_length")
+    tokens = fields.get("tokenizer.ggml.tokens")
     config = {
         "model_type": family,
-        "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
+        "vocab_size": len(tokens) if isinstance(tokens, list) else 0,
         "hidden_size": hidden,
         "num_hidden_layers": field("block_count"),
         "max_position_embeddings": field("context_length"),
         "rms_norm_eps": _as_written(field("attention.layer_norm_rms_epsilon")),
         "num_attention_heads": heads,
         "num_key_value_heads": field("attention.head_count_kv", heads),
-        "head_dim": field("attention.key_length", hidden // heads),
+        "head_dim": field("attention.key_length", hidden // max(heads, 1)),
         "rope_theta": _as_written(field("rope.freq_base", 10000.0)),
         "rope_scaling": LLAMA3 if ROPE_FACTORS in names else None,
         "intermediate_size": field("feed_forward_length"),

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
-from dsjax.errors import UserError
+from dsjax.errors import UserError, one_line
 
 CONTROL, USER_DEFINED = 3, 4
 """Kinds of tokens that are no pieces of text: special ones, and those that only stand whole."""
@@ -39,6 +39,28 @@ def _pre_tokenizers() -> dict[str, PreTokenizer]:
     }
 
 
+def _byte_level(
+    tokens: list[str], fields: dict[str, Any], cut: PreTokenizer, file: Path
+) -> Tokenizer:
+    """The tokenizer of these tokens; what they are and how they merge must be told for each."""
+    kinds = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    merges = fields.get("tokenizer.ggml.merges", [])
+    if not isinstance(kinds, list) or len(kinds) != len(tokens) or not isinstance(merges, list):
+        raise UserError(f"{file}: the tokenizer's lists do not fit together; take another file")
+    try:
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise UserError(f"{file}: its tokenizer cannot be read: {one_line(error)}") from None
+    tokenizer.pre_tokenizer = cut
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
+    return tokenizer
+
+
 def tokenizer_files(fields: dict[str, Any], file: Path) -> dict[str, bytes]:
     """The two files by their names; the chat template is in the second.
 
@@ -48,28 +70,30 @@ def tokenizer_files(fields: dict[str, Any], file: Path) -> dict[str, bytes]:
     tokens = fields.get("tokenizer.ggml.tokens")
     model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
     known = _pre_tokenizers()
-    if not tokens or model != "gpt2" or pre not in known:
+    if (
+        not isinstance(tokens, list)
+        or not tokens
+        or model != "gpt2"
+        or not isinstance(pre, str)
+        or pre not in known
+    ):
         raise UserError(
             f"{file}: a tokenizer of model {model!r} that cuts text like {pre!r}; byte-level BPE "
             f"(gpt2) is read, cutting like {', '.join(known)}"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", ())]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = known[pre]
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    for token, kind in zip(tokens, kinds, strict=True):
-        if kind in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
+    tokenizer = _byte_level(tokens, fields, known[pre], file)
     config: dict[str, Any] = {
         "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     for role, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         if (number := fields.get(f"tokenizer.ggml.{field}_token_id")) is not None:
+            if not isinstance(number, int) or not 0 <= number < len(tokens):
+                raise UserError(f"{file}: {field}_token_id={number!r}, of {len(tokens)} tokens")
             config[f"{role}_token"] = tokens[number]
     if (template := fields.get("tokenizer.chat_template")) is not None:
+        if not isinstance(template, str):
+            raise UserError(f"{file}: its chat template is {template!r}, expected a text")
         config["chat_template"] = template
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return {

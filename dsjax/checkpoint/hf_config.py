@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.architecture import FAMILIES, Llama3Config, ModelConfig, Section, YarnConfig
-from dsjax.checkpoint.safetensors import parse_json
 from dsjax.config_files import parse_model
-from dsjax.errors import UserError, one_line
+from dsjax.errors import UserError
+from dsjax.small_files import read_json
 
 # What the files of a family leave out because its architecture implies it.
 _IMPLIED: dict[str, dict[str, Any]] = {
@@ -57,10 +57,7 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: a key is missing, of the wrong type, or asks for what is not built here.
     """
     file = folder / "config.json"
-    try:
-        tree = parse_json(file.read_bytes(), str(file))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
+    tree = read_json(file)
     family = tree.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{file}: model_type={family!r}; expected one of {', '.join(FAMILIES)}")
@@ -108,7 +105,7 @@ def _rotary(tree: dict[str, Any], file: Path) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    if kind not in _EXTENSIONS:
+    if not isinstance(kind, str) or kind not in _EXTENSIONS:
         raise UserError(
             f"{file}: rotary settings of type {kind!r}; expected default, {', '.join(_EXTENSIONS)}"
         )

@@ -35,9 +35,7 @@ class Journal:
         try:
             self._file = self._path.open("ab+")
         except OSError as error:
-            raise UserError(
-                f"{self._path}: cannot be written: {one_line(error.strerror)}"
-            ) from error
+            raise UserError(f"{self._path}: cannot be written: {one_line(error)}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -74,11 +72,11 @@ class Journal:
         *lines, torn = self._file.read().split(b"\n")
         if torn:
             self._file.truncate(self._file.tell() - len(torn))
-        begun, *finished = [json.loads(line) for line in lines] or [{}]
+        begun, *finished = [_parse(line) for line in lines] or [{}]
         _check_identity(self.partial, begun, identity)
         done: dict[str, Digest] = {}
         for files in finished:
-            if all(_has_size(self.partial / name, d["bytes"]) for name, d in files.items()):
+            if all(_has_size(self.partial / name, digest) for name, digest in files.items()):
                 done |= files
         for path in self.partial.rglob("*"):
             if path.is_file() and path.relative_to(self.partial).as_posix() not in done:
@@ -102,5 +100,15 @@ def _check_identity(partial: Path, begun: dict[str, Any], identity: dict[str, An
     )
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def _parse(line: bytes) -> dict[str, Any]:
+    """A line of the journal; one that is none says nothing, and what it spoke of is done again."""
+    try:
+        tree = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _has_size(path: Path, digest: Any) -> bool:
+    sized = isinstance(digest, dict) and path.is_file()
+    return sized and path.stat().st_size == digest.get("bytes")

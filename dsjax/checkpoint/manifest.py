@@ -21,6 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsjax.errors import UserError
+from dsjax.small_files import MAX_JSON_BYTES, open_file, parse_json, read_small
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -88,11 +91,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DamagedError(f"{MANIFEST} is missing")
-    data = path.read_bytes()
-    rest = data.partition(b"\n")[2]
-    if data != _first_line(rest) + rest:
-        raise DamagedError(f"{MANIFEST} does not have the digest in its first line")
-    return json.loads(data)
+    try:
+        data = read_small(path, MAX_JSON_BYTES)
+        rest = data.partition(b"\n")[2]
+        if data != _first_line(rest) + rest:
+            raise DamagedError(f"{MANIFEST} does not have the digest in its first line")
+        tree = parse_json(data, MANIFEST)
+    except UserError as error:
+        raise DamagedError(str(error)) from None
+    files = _lists(tree.get("files"), bytes=int, sha256=str)
+    if not files or not _lists(tree.get("leaves"), shape=list, dtype=str) or "step" not in tree:
+        raise DamagedError(f"{MANIFEST} does not say its step, files and leaves")
+    return tree
+
+
+def _lists(found: Any, **kinds: type) -> bool:
+    """Whether everything in it has these keys, with values of these kinds."""
+    return isinstance(found, dict) and all(
+        isinstance(item, dict) and all(isinstance(item.get(key), k) for key, k in kinds.items())
+        for item in found.values()
+    )
 
 
 def flush_directory(directory: Path) -> None:
@@ -135,7 +153,7 @@ def _in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> l
 
 
 def _digest(path: Path, flush: bool = False) -> Digest:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if flush:
             os.fsync(file.fileno())

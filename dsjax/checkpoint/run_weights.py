@@ -20,7 +20,7 @@ from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.manifest import MANIFEST, DamagedError, read_manifest, verify
 from dsjax.checkpoint.safetensors import DTYPES
-from dsjax.errors import UserError
+from dsjax.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,10 @@ class RunTensor:
         part = self.array[self.index] if self.index else self.array
         row = math.prod(part.shape[1:])
         first = begin // row
-        rows = part[first : -(-end // row)].read().result()
+        try:
+            rows = part[first : -(-end // row)].read().result()
+        except ValueError as error:  # what tensorstore makes of any damage
+            raise UserError(f"{self.file}: cannot be read: {one_line(error)}") from None
         flat: np.ndarray = np.ascontiguousarray(rows).reshape(-1)
         return flat[begin - first * row : end - first * row]
 
@@ -77,10 +80,13 @@ def newest_step(folder: Path, *, check: bool = True) -> tuple[Path, dict[str, di
             damages.append(f"step {step} has no {MANIFEST}")
             continue
         try:
-            return path, verify(path, step) if check else read_manifest(path)["leaves"]
+            leaves = verify(path, step) if check else read_manifest(path)["leaves"]
         except DamagedError as damage:
             damages.append(f"step {step} is damaged: {damage}")
-            logger.warning("%s: %s", home, damages[-1])
+            continue
+        for passed_over in damages:
+            logger.warning("%s: %s", home, passed_over)
+        return path, leaves
     why = "; ".join(damages) or "it has none yet; let it train longer"
     raise UserError(f"{folder}: no sound checkpoint ({why})")
 
@@ -93,13 +99,14 @@ def read_run(folder: Path, config: ModelConfig, *, check: bool) -> dict[str, Run
     stored: dict[str, RunTensor] = {}
     for tensor in tensors(config):
         if tensor.repeats:
-            stored[tensor.name] = stored[tensor.repeats]
+            if tensor.repeats in stored:
+                stored[tensor.name] = stored[tensor.repeats]
             continue
         leaf = f"{_PREFIX}{tensor.path}{_SUFFIX}"
         if leaf not in leaves:
             continue
         if leaf not in opened:
-            opened[leaf] = _open(step, leaf, context)
+            opened[leaf] = _open(step, leaf, leaves[leaf], context)
         array, shape = opened[leaf], tuple(leaves[leaf]["shape"])
         inner = shape[len(tensor.index) :]
         same = math.prod(inner) == tensor.size
@@ -113,7 +120,8 @@ def read_run(folder: Path, config: ModelConfig, *, check: bool) -> dict[str, Run
     return stored
 
 
-def _open(step: Path, leaf: str, context: Any) -> Any:
+def _open(step: Path, leaf: str, described: dict[str, Any], context: Any) -> Any:
+    """The stored array, which must be what the manifest says of it."""
     base = f"{(step / 'state').absolute()}/"
     store = {
         "driver": "zarr",
@@ -123,4 +131,15 @@ def _open(step: Path, leaf: str, context: Any) -> Any:
             "path": f"{leaf}/",
         },
     }
-    return ts.open(store, context=context, open=True, read=True).result()
+    try:
+        array = ts.open(store, context=context, open=True, read=True).result()
+    except ValueError as error:  # what tensorstore makes of any damage
+        raise UserError(f"{step}: {leaf} cannot be read: {one_line(error)}") from None
+    found = list(array.shape), array.dtype.name
+    if found != (described["shape"], described["dtype"]) or found[1] not in _NAMES:
+        raise UserError(
+            f"{step}: {leaf} is {found[1]} of shape {found[0]}, {MANIFEST} says "
+            f"{described['dtype']} of {described['shape']}; expected both the same, of "
+            f"{', '.join(_NAMES)}"
+        )
+    return array

@@ -7,7 +7,6 @@ used. The format's own library accepts duplicate keys, the last one silently win
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -17,13 +16,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsjax.errors import UserError, one_line
+from dsjax.errors import UserError
+from dsjax.small_files import MAX_JSON_BYTES, open_file, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the format's own library; DeepSeek-R1's largest header has some 80,000 bytes."""
+MAX_RANK = 64
+"""Dimensions that an array of numpy can have."""
+
+MAX_NUMBERS = 1 << 58
+"""In one tensor: the format's library counts their bits in 64 bits."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
@@ -109,12 +112,12 @@ def read_header(file: Path) -> dict[str, Entry]:
             file from the header to its end without gap or overlap.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
+            size = file.stat().st_size
             length = int.from_bytes(stream.read(8), "little")
-            if length > MAX_HEADER_BYTES:
+            if length > MAX_JSON_BYTES:
                 raise UserError(
-                    f"{file}: its header claims {length} bytes, the limit is {MAX_HEADER_BYTES}; "
+                    f"{file}: its header claims {length} bytes, the limit is {MAX_JSON_BYTES}; "
                     "this is no safetensors file, or a damaged one"
                 )
             if size < 8 + length:
@@ -124,8 +127,8 @@ def read_header(file: Path) -> dict[str, Entry]:
                 )
             header = parse_json(stream.read(length), str(file))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
-    header.pop("__metadata__", None)
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    _check_metadata(header.pop("__metadata__", {}), file)
     entries, ranges = {}, []
     for name, described in header.items():
         if not name.isprintable():
@@ -137,28 +140,15 @@ def read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def parse_json(text: bytes, source: str) -> dict[str, Any]:
-    """One JSON object of UTF-8 bytes, in which no key stands twice.
-
-    Raises:
-        UserError: it is anything else.
-    """
-    try:
-        tree = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not the JSON expected here: {one_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{source}: expected a JSON object, found {type(tree).__name__}")
-    return tree
+def _check_metadata(metadata: Any, file: Path) -> None:
+    """Text by names, which we have no use for; but the format promises it."""
+    if not isinstance(metadata, dict) or not all(_is_text(t) for t in metadata.items()):
+        raise UserError(f"{file}: its __metadata__ is no object of texts; fetch it again")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice!r} stands twice")
-    return tree
+def _is_text(pair: tuple[str, Any]) -> bool:
+    """Whether both are, in whole characters: JSON can spell half a one, and UTF-8 cannot."""
+    return isinstance(pair[1], str) and not any("\ud800" <= c <= "\udfff" for c in "".join(pair))
 
 
 def _parse_entry(described: Any, where: str) -> tuple[str, tuple[int, ...], int, int]:
@@ -168,8 +158,12 @@ def _parse_entry(described: Any, where: str) -> tuple[str, tuple[int, ...], int,
     dtype, shape, offsets = (described[key] for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise UserError(f"{where}: shape {shape!r} or data_offsets {offsets!r} are not sizes")
+    if not _is_shape(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        # They are cut before they are spelled: a list may have a million numbers.
+        short = [
+            repr(value[:9] if isinstance(value, list) else value) for value in (shape, offsets)
+        ]
+        raise UserError(f"{where}: shape {short[0]} or data_offsets {short[1]} are not sizes")
     begin, end = offsets
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != needed:
@@ -180,8 +174,18 @@ def _parse_entry(described: Any, where: str) -> tuple[str, tuple[int, ...], int,
     return dtype, tuple(shape), begin, end
 
 
+def _is_shape(values: Any) -> bool:
+    """Whether these are sizes of an array; also if one of them is 0, the others are bounded."""
+    return _are_sizes(values) and math.prod(n or 1 for n in values) < MAX_NUMBERS
+
+
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+    """Whether these are some sizes. A million of them would take hours to multiply."""
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_RANK
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
+    )
 
 
 def _check_ranges(ranges: list[tuple[int, int, str]], size: int, file: Path) -> None:
@@ -206,21 +210,27 @@ def _check_ranges(ranges: list[tuple[int, int, str]], size: int, file: Path) -> 
 
 def _read_index(index: Path) -> dict[str, set[str]]:
     """The tensors that the index puts in each shard; a shard is a plain name in this folder."""
-    try:
-        tree = parse_json(index.read_bytes(), str(index))
-    except OSError as error:
-        raise UserError(f"{index}: cannot be read: {one_line(error)}") from error
-    weight_map = tree.get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: expected a weight_map from tensor names to file names")
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+        if not _is_plain(shard):
             raise UserError(
                 f"{index}: {name} lies in {shard!r}; a shard is the name of a file in this folder"
             )
         shards.setdefault(shard, set()).add(name)
     return shards
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether this is the name of a file, and leads nowhere."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", ".", "..")
+        and not set(name) & set("/\\")
+    )
 
 
 def _read_shards(folder: Path, shards: dict[str, set[str]]) -> dict[str, Entry]:

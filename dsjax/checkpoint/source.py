@@ -135,6 +135,8 @@ def open_source(folder: Path, *, check: bool = True) -> Source:
         stored = read_weights(folder, promised) if kind == DSJAX else read_folder(folder)
     config = without_absent_mtp(promised, stored)
     parts = match(config, stored, folder)
+    if kind == DSJAX:
+        _check_released(folder / RELEASED, config, stored)
     homes = [folder] if kind == HUGGING_FACE else [folder / TOKENIZER, folder / RELEASED]
     carried = {name: file for home in homes for name, file in _carried(home).items()}
     return Source(folder, kind, promised, config, stored, parts, carried)
@@ -146,6 +148,15 @@ def _open_gguf(file: Path) -> Source:
     config, stored, made = read_gguf(file)
     parts = match(config, stored, file)
     return Source(file, GGUF, config, config, stored, parts, carried={}, made=made)
+
+
+def _check_released(home: Path, config: ModelConfig, stored: Mapping[str, Stored]) -> None:
+    """The config.json that travelled along, and will be given back, must be of the same model."""
+    if (home / "config.json").is_file() and without_absent_mtp(read_config(home), stored) != config:
+        raise UserError(
+            f"{home / 'config.json'}: of another model than the folder's {CONFIG}; convert or copy "
+            "it again"
+        )
 
 
 def _carried(home: Path) -> dict[str, Path]:

@@ -24,8 +24,9 @@ import numpy as np
 
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import FP8, Tensor, tensors
-from dsjax.checkpoint.safetensors import DTYPES, Entry, parse_json
-from dsjax.errors import UserError, one_line
+from dsjax.checkpoint.safetensors import DTYPES, MAX_RANK, Entry
+from dsjax.errors import UserError
+from dsjax.small_files import read_json
 
 WEIGHTS = "weights"
 CONFIG = "config.yaml"
@@ -168,8 +169,13 @@ class _Array:
 
         None for `index` is the whole of what nobody asked for: it has no place.
         """
-        if index is None or len(index) > len(self._shape) or self._cut(len(index)):
+        if index is None or len(index) > len(self._shape):
             return Entry(self.home, self.dtype, self._shape, 0)
+        if self._chunks[len(index) :] != self._shape[len(index) :]:
+            raise UserError(
+                f"{self.home}: its chunks {list(self._chunks)} cut tensors that must lie in one "
+                "piece; convert or copy the folder again"
+            )
         inner, stack = self._shape[len(index) :], self._shape[: len(index)]
         if any(i >= size for i, size in zip(index, stack, strict=True)):
             return Entry(self.home, self.dtype, (), 0)  # which is misshaped
@@ -180,10 +186,6 @@ class _Array:
         number = int(np.ravel_multi_index(here, chunk)) if chunk else 0
         same = shape is not None and math.prod(shape) == math.prod(inner)
         return Entry(file, self.dtype, shape if same and shape else inner, number * nbytes)
-
-    def _cut(self, stacked: int) -> bool:
-        """Whether chunks cut what must lie in one piece."""
-        return self._chunks[stacked:] != self._shape[stacked:]
 
     def _file(self, key: str) -> Path:
         if key not in self._checked:
@@ -199,10 +201,7 @@ class _Array:
 
 def _read_array(file: Path) -> _Array:
     """The header of one array, checked before it is believed."""
-    try:
-        tree = parse_json(file.read_bytes(), str(file))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
+    tree = read_json(file)
     shape, chunks = _sizes(tree.get("shape")), _sizes(tree.get("chunks"))
     names = [name for name, spelled in _ZARR.items() if spelled == tree.get("dtype")]
     plain = all(tree.get(key) is None for key in ("compressor", "filters"))
@@ -210,7 +209,7 @@ def _read_array(file: Path) -> _Array:
         names
         and plain
         and tree.get("order") == "C"
-        and 0 < len(shape) == len(chunks)
+        and 0 < len(shape) == len(chunks) <= MAX_RANK
         and all(size % cut == 0 for size, cut in zip(shape, chunks, strict=True))
     ):
         raise UserError(

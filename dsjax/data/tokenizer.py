@@ -16,6 +16,7 @@ from jaxtyping import Int32
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dsjax.errors import UserError, one_line
+from dsjax.small_files import read_json, read_small
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -203,26 +204,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     config = file.with_name("tokenizer_config.json")
     names = _read_names(config) if config.is_file() else {}
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_buffer(read_small(file))
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises nothing more precise
         raise UserError(f"{file}: cannot be read as a tokenizer: {one_line(error)}") from None
     for key, name in names.items():
-        if name is not None and (not isinstance(name, str) or backend.token_to_id(name) is None):
+        if name is not None and (not _is_text(name) or backend.token_to_id(name) is None):
             raise UserError(f"{config}: {key} is {name!r}, which {file.name} does not hold")
     return Tokenizer(backend, names.get("bos_token", BOS), names.get("eos_token", EOS))
 
 
 def _read_names(path: Path) -> dict[str, Any]:
     """`bos_token` and `eos_token`, as far as the file speaks of them; null means there is none."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(config).__name__}")
+    config = read_json(path)
     named = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
     # A token is written as its text, or as an object that holds it under `content`.
     return {k: t.get("content", t) if isinstance(t, dict) else t for k, t in named.items()}
+
+
+def _is_text(name: object) -> bool:
+    """Whether this is text in whole characters: JSON can spell half a one, and UTF-8 cannot."""
+    return isinstance(name, str) and not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def _id_of(backend: tokenizers.Tokenizer, name: str | None) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.errors import UserError, one_line
 from dsjax.serving.bodies import Probability
 from dsjax.serving.chat_template import ChatTemplate
+from dsjax.small_files import MAX_JSON_BYTES, read_json, read_small
 
 
 class RequestError(Exception):
@@ -42,10 +42,10 @@ class Defaults(BaseModel):
 
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=-1)] = None
+    top_k: Annotated[int | None, Field(ge=-1, lt=1 << 31)] = None
     min_p: Probability | None = None
     repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
-    max_new_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_new_tokens: Annotated[int | None, Field(ge=1, lt=1 << 31)] = None
     eos_token_id: int | list[int] | None = None
 
 
@@ -137,19 +137,11 @@ def _read_defaults(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; a file that is not there says nothing."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(_read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(found).__name__}")
-    return found
+    return read_json(path) if path.is_file() else {}
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_small(path, MAX_JSON_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None

@@ -69,7 +69,7 @@ def test_an_honest_file_of_two_tensors_is_read(write: Callable[..., Path]) -> No
         ({"a": F32, "b": F32}, 8, "b begins at byte 0, inside the tensor before it"),
         ({"a": F32, "b": NEXT | {"data_offsets": [12, 20]}}, 20, "bytes 8 to 12, before b"),
         ({"a": F32 | {"shape": [3]}}, 8, "takes 12 bytes, but its data_offsets [0, 8] hold 8"),
-        ({"a": F32 | {"shape": [2**40, 2**40]}}, 8, "hold 8"),
+        ({"a": F32 | {"shape": [2**40, 2**40]}}, 8, "are not sizes"),
         ({"a": F32 | {"data_offsets": [8, 0]}}, 8, "hold -8"),
         ({"a": F32 | {"data_offsets": [-8, 0]}}, 8, "are not sizes"),
         ({"a": F32 | {"data_offsets": [0]}}, 8, "are not sizes"),
@@ -94,8 +94,8 @@ def test_a_header_that_lies_is_refused(
 
 
 def test_a_header_is_measured_before_it_is_read(write: Callable[..., Path]) -> None:
-    assert "the limit is 100000000" in refusal(read_header, write(b"{}", 0, length=2**60))
-    assert "truncated" in refusal(read_header, write(b"{}", 0, length=90_000_000))
+    assert "the limit is 20000000" in refusal(read_header, write(b"{}", 0, length=2**60))
+    assert "truncated" in refusal(read_header, write(b"{}", 0, length=9_000_000))
 
 
 def test_every_truncation_of_a_file_is_noticed(write: Callable[..., Path]) -> None:

@@ -117,11 +117,11 @@ def test_a_missing_or_damaged_tokenizer_is_named_in_one_line(tokenizer, tmp_path
         with_config(tokenizer, tmp_path, {"eos_token": "<x>"})
     with pytest.raises(UserError, match=r"tokenizer_config\.json: eos_token is {'id': 1}, which"):
         with_config(tokenizer, tmp_path, {"eos_token": {"id": 1}})
-    with pytest.raises(UserError, match="expected a JSON object, found a list"):
+    with pytest.raises(UserError, match="expected a JSON object, found list"):
         with_config(tokenizer, tmp_path, [])
     for name in ("tokenizer_config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9] + b"\xff")
-        with pytest.raises(UserError, match=f"{name}: cannot be read as") as caught:
+        with pytest.raises(UserError, match=f"{name}: (cannot be read as|not the JSON)") as caught:
             load_tokenizer(tmp_path)
         assert "\n" not in str(caught.value)
         tokenizer.save(tmp_path)

@@ -80,10 +80,10 @@ def test_the_template_may_be_in_any_of_three_files(tmp_path):
         ({"chat_template": "{% for %}"}, {}, "the chat template cannot be read"),
         ({"chat_template": 5}, {}, "chat_template is no text"),
         ({"chat_template": [{"name": "default"}]}, {}, "chat_template is no text"),
-        ({}, {"generation_config.json": "{"}, r"generation_config\.json: cannot be read as JSON"),
-        ({}, {"generation_config.json": "[]"}, "expected a JSON object, found a list"),
+        ({}, {"generation_config.json": "{"}, r"generation_config\.json: not the JSON"),
+        ({}, {"generation_config.json": "[]"}, "expected a JSON object, found list"),
         ({}, {"generation_config.json": '{"temperature": -1}'}, "temperature: Input should be"),
-        ({}, {"generation_config.json": '{"top_p": NaN}'}, "top_p: Input should be"),
+        ({}, {"generation_config.json": '{"top_p": NaN}'}, "NaN is not JSON"),
         ({}, {"chat_template.json": "5"}, r"chat_template\.json: expected a JSON object"),
     ],
 )
