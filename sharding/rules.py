@@ -40,6 +40,8 @@ TRAIN_RULES: Rules = {
     "latent": (),
     "norm": (),
     "router": (),
+    # Scales of FP8, one for 16,384 weights: whoever has a part of a block needs its scale.
+    "block": (),
     "layers": (),
 }
 

@@ -1,8 +1,8 @@
 """Loading files into a model, every weight straight to where it belongs.
 
 Each device's slice of each parameter is put together from views of the files: a host reads only
-what its devices hold, and beside the finished parameters it holds one more at a time. FP8 is
-widened on the way, slice by slice.
+what its devices hold, and beside the finished parameters it holds one more at a time. FP8 is held
+as it is, its scales beside it, or widened on the way, slice by slice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
 from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.checkpoint.source import Source, Stored, open_source
-from dsjax.checkpoint.streams import same_numbers
+from dsjax.checkpoint.streams import check_finite, same_numbers
 from dsjax.errors import UserError
-from dsjax.model.layers import variable_axes, variables
+from dsjax.model.fp8 import hold_in_fp8
+from dsjax.model.layers import SCALE, BlockScale, variable_axes, variables
 from dsjax.model.transformer import Transformer
-from dsjax.numerics.fp8_host import dequantize_into
+from dsjax.numerics.fp8_host import E4M3, check_scales, dequantize_into
 from sharding.rules import Layout
 
 HELD = {name: DTYPES[name] for name in ("F32", "BF16")}
-"""What a weight may be held as, and stored as unless it is FP8."""
+"""What any weight may be held and stored as; one with scales may be FP8, too."""
 
 CACHE_LINE = 64
 
@@ -44,8 +45,8 @@ def load_files(folder: str | Path, dtype: Any = None, layout: Layout | None = No
     Args:
         folder: the folder, or the file.
         dtype: float32 or bfloat16, to cast all but the router biases, which are always float32.
-            None keeps each weight as it is stored, and computes as the embedding is stored; FP8
-            becomes bfloat16, and that is said on stderr.
+            None keeps each weight as it is stored, and computes as the embedding is stored; FP8 is
+            widened where it multiplies.
         layout: where the weights go; None puts them all on the default device.
 
     Raises:
@@ -60,8 +61,6 @@ def load_files(folder: str | Path, dtype: Any = None, layout: Layout | None = No
         print(f"{folder}: holds no MTP weights; the model is loaded without", file=sys.stderr)
     _check_dtypes(source.parts, source.stored)
     _check_repeats(source.parts, source.stored)
-    if wanted is None and any(source.stored[t.name].dtype == FP8 for t in source.parts):
-        print(f"{folder}: FP8 weights are widened to bfloat16", file=sys.stderr)
     return _build(source, wanted, layout)
 
 
@@ -75,10 +74,15 @@ def _build(source: Source, wanted: np.dtype[Any] | None, layout: Layout | None) 
     abstract = jax.eval_shape(
         lambda key: Transformer(config, key, param_dtype=computed), jax.random.key(0)
     )
+    hold_in_fp8(abstract, [path for path, dtype in dtypes.items() if dtype == DTYPES[FP8]])
     leaves = []
     for path, variable in variables(abstract):
+        if isinstance(variable, BlockScale):
+            path, dtype, read = path.removesuffix(SCALE), variable.dtype, _read_scales
+        else:
+            dtype, read = dtypes[path], _read_slice
         place = _place(variable, layout)
-        leaves.append(_load(pieces[path], stored, variable.shape, dtypes[path], place))
+        leaves.append(_load(pieces[path], stored, variable.shape, dtype, place, read))
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
@@ -94,11 +98,11 @@ def _load(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     place: Sharding,
+    read_piece: Callable[..., None],
 ) -> jax.Array:
-    """One parameter, each device's slice read from the tensors that it crosses."""
+    """One variable, each device's slice read from the tensors that it crosses."""
     by_index = {tensor.index: tensor for tensor in pieces}
-    inner = pieces[0].inner
-    stacked = len(shape) - len(inner)
+    stacked = len(pieces[0].index)
 
     def read(slices: tuple[slice, ...] | None) -> np.ndarray:
         assert slices is not None  # The signature of jax's callback allows it, jax never passes it.
@@ -106,7 +110,7 @@ def _load(
         out = _empty(tuple(len(r) for r in ranges), dtype)
         for here in np.ndindex(out.shape[:stacked]):
             tensor = by_index[tuple(r[i] for r, i in zip(ranges, here, strict=False))]
-            _read_slice(out[here], tensor, stored, slices[stacked:])
+            read_piece(out[here], tensor, stored, slices[stacked:])
         return out
 
     return jax.make_array_from_callback(shape, place, read)
@@ -115,9 +119,13 @@ def _load(
 def _read_slice(
     out: np.ndarray, tensor: Tensor, stored: Mapping[str, Stored], slices: tuple[slice, ...]
 ) -> None:
-    """A slice of one tensor, cast or widened into `out`."""
+    """A slice of one tensor, cast or widened into `out` unless this is FP8 too."""
     entry = stored[tensor.name]
     where = f"{entry.file}: {tensor.name}"
+    if out.dtype == E4M3:
+        out[...] = entry.read().reshape(tensor.inner)[slices]
+        check_finite(out, FP8, where, "fetch it again")
+        return
     if entry.dtype == FP8 and tensor.scale:
         scales = stored[tensor.scale[0]].read()
         part = _widen(entry.read(), scales, tensor, slices, where, out.dtype)
@@ -126,6 +134,16 @@ def _read_slice(
     if not np.isfinite(part).all():
         raise UserError(f"{where} holds NaN or infinity; fetch it again")
     out[...] = part
+
+
+def _read_scales(
+    out: np.ndarray, tensor: Tensor, stored: Mapping[str, Stored], slices: tuple[slice, ...]
+) -> None:
+    """The scales of one tensor, all of which are on every device that has a part of it."""
+    assert tensor.scale is not None  # What is held in FP8 has scales in the files.
+    scales = stored[tensor.scale[0]].read()
+    check_scales(scales, tensor.shape, f"{stored[tensor.name].file}: {tensor.name}")
+    out[...] = scales[slices]
 
 
 def _widen(
@@ -199,14 +217,12 @@ def _held_dtype(
         return HELD["F32"]
     if wanted is not None:
         return wanted
-    held = {FP8: "BF16"}  # The only one that is not held as it is stored.
-    dtypes = {tensor.name: stored[tensor.name].dtype for tensor in pieces}
-    found = {held.get(dtype, dtype): name for name, dtype in dtypes.items()}
+    found = {stored[tensor.name].dtype: tensor.name for tensor in pieces}
     if len(found) > 1:
-        both = " and ".join(f"{name} as {dtypes[name]}" for name in found.values())
+        both = " and ".join(f"{name} as {dtype}" for dtype, name in found.items())
         where = stored[pieces[0].name].file.parent
         raise UserError(f"{where}: stored in two ways: {both}; choose one by dtype=")
-    return HELD[next(iter(found))]
+    return DTYPES[next(iter(found))]
 
 
 def _check_repeats(parts: Iterable[Tensor], stored: Mapping[str, Stored]) -> None:

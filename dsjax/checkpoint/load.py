@@ -27,8 +27,8 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
     Args:
         path: a Hugging Face folder of a family in `checkpoint/families.py`, weights that `dsjax
             convert` wrote, the directory of a run, or a GGUF file.
-        dtype: float32 or bfloat16, to hold and compute in; None keeps what is stored, but widens
-            FP8 to bfloat16. Router biases are always float32.
+        dtype: float32 or bfloat16, to hold and compute in; None keeps what is stored, FP8 too, and
+            computes as the embedding is stored. Router biases are always float32.
         mesh: made by `sharding.mesh.make_mesh`; None puts everything on the default device.
 
     Raises:

@@ -20,7 +20,7 @@ from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.checkpoint.source import Source
 from dsjax.errors import UserError
-from dsjax.model.layers import variables
+from dsjax.model.layers import SCALE, variables
 from dsjax.model.transformer import Transformer
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -49,6 +49,9 @@ def save(model: Transformer, path: str | Path, format: str = DSJAX) -> None:
     if not all(array.is_fully_addressable for array in arrays.values()):
         raise UserError(f"{folder}: the model is spread over other processes; save it from one")
     stored = {t.name: _Held(arrays[t.path], t.index, t.shape) for t in parts if not t.repeats}
+    for tensor in parts:
+        if tensor.scale and (scales := arrays.get(f"{tensor.path}{SCALE}")) is not None:
+            stored[tensor.scale[0]] = _Held(scales, tensor.index, tensor.scale[1])
     stored |= {t.name: stored[t.repeats] for t in parts if t.repeats}
     source = Source(folder, DSJAX, config, config, stored, parts, {})
     # No other save goes on where this one was stopped: the model may have changed.

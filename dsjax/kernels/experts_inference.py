@@ -9,6 +9,9 @@ again as fast on a CPU, and it is the layout of `jax.lax.ragged_dot`, which othe
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -16,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.kernels.blocks import BLOCKS, fold_blocks, fold_experts
 from dsjax.kernels.permutation import Order, sort_by_expert, sum_choices
 from dsjax.kernels.swiglu import SwiGLU, swiglu
+from dsjax.numerics.fp8 import dequantize_blocks
 
 
 def apply_experts(
@@ -23,39 +27,61 @@ def apply_experts(
     weights: SwiGLU,
     experts: Int[Array, "T K"],
     gates: Float[Array, "T K"],
+    scales: SwiGLU | None = None,
 ) -> Float[Array, "T D"]:
     """sum_k gate_k * expert_k(x) for every token.
 
     Args:
-        x: tokens, in the dtype of `weights`.
+        x: tokens, in the dtype of `weights` unless these are in FP8.
         weights: gate and up [E, D, F], down [E, F, D].
         experts: the K experts of each token.
         gates: what each choice counts.
+        scales: of the 128 x 128 blocks of every expert's matrices, which are then in FP8.
     """
     order = sort_by_expert(experts, weights.gate.shape[0])
     gate_of_row = gates.ravel()[order.pair_of_row]
-    rows = lax.platform_dependent(x, weights, order, gate_of_row, cpu=_in_blocks, default=_ragged)
+    rows = lax.platform_dependent(
+        x, weights, scales, order, gate_of_row, cpu=_in_blocks, default=_ragged
+    )
     return sum_choices(rows, order)
 
 
-def _ragged(x: Array, weights: SwiGLU, order: Order, gates: Array) -> Array:
+def _widened(weights: SwiGLU, scales: SwiGLU | None, dtype: Any) -> SwiGLU:
+    if scales is None:
+        return weights
+    return SwiGLU(*(dequantize_blocks(w, s, dtype) for w, s in zip(weights, scales, strict=True)))
+
+
+def _ragged(x: Array, weights: SwiGLU, scales: SwiGLU | None, order: Order, gates: Array) -> Array:
+    weights = _widened(weights, scales, x.dtype)  # All of a layer: `ragged_dot` wants them whole.
     rows = x[order.token_of_row]
     h, u = (lax.ragged_dot(rows, w, order.sizes) for w in (weights.gate, weights.up))
     return lax.ragged_dot(swiglu(h, u, gates), weights.down, order.sizes)
 
 
-def _in_blocks(x: Array, weights: SwiGLU, order: Order, gates: Array) -> Array:
+def _in_blocks(
+    x: Array, weights: SwiGLU, scales: SwiGLU | None, order: Order, gates: Array
+) -> Array:
     """Every expert that was chosen, a block of its rows at a time; the others are not read.
 
     A matrix is sliced out of its stack once an expert, which XLA copies at the speed of memory; a
-    gather of all chosen matrices at once is five times as slow.
+    gather of all chosen matrices at once is five times as slow. Only then is FP8 widened.
     """
     blocks = (1,) if x.shape[0] == 1 else BLOCKS  # a single token is one row of each of its experts
     token = jnp.pad(order.token_of_row, (0, blocks[0]))
     gates = jnp.pad(gates, (0, blocks[0]))
 
     def one_expert(expert: Array, begin: Array, size: Array, out: Array) -> Array:
-        gate, up, down = (lax.dynamic_index_in_dim(w, expert, 0, keepdims=False) for w in weights)
+        def mine(stack: Array) -> Array:
+            # Bits, because XLA slices no FP8 or bfloat16 on a CPU: it would turn all of the stack
+            # to wider numbers before the loop. The barrier keeps it from taking the bits out, too.
+            stack, at = lax.optimization_barrier((stack, expert))
+            bits = lax.bitcast_convert_type(stack, f"uint{8 * stack.dtype.itemsize}")
+            bits = lax.dynamic_index_in_dim(bits, at, 0, keepdims=False)
+            return lax.bitcast_convert_type(bits, stack.dtype)
+
+        chosen = jax.tree.map(mine, weights), jax.tree.map(mine, scales)
+        gate, up, down = _widened(*chosen, x.dtype)
 
         def one_block(at: Array, count: int, out: Array) -> Array:
             rows = x[lax.dynamic_slice_in_dim(token, at, count)]

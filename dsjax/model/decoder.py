@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.architecture import ModelConfig
 from dsjax.kernels.paged_attention import Places
 from dsjax.model.block import Block
-from dsjax.model.layers import Embedding, Linear, RMSNorm
+from dsjax.model.layers import Embedding, Linear, RMSNorm, scale_of
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts
 from dsjax.model.mtp import MTPModule
@@ -91,7 +91,7 @@ def take_apart(model: Transformer) -> Decoder:
     """A decoder with copies of a model's weights.
 
     Matrices are in the dtype that the model computes in, so that no step casts them; norms and
-    routers, which compute in float32, stay as they are.
+    routers, which compute in float32, stay as they are, and so does what is in FP8.
     """
     config = model.config
     layers = [
@@ -111,16 +111,19 @@ def take_apart(model: Transformer) -> Decoder:
 
 
 def _prepare(module: nnx.Module | None, dtype: Any) -> None:
-    """Cast every matrix below, put its inputs first, and hold what is cut at every step apart."""
+    """Cast every matrix below, put its inputs first, and hold what is cut at every step apart.
+
+    What is in FP8 stays so.
+    """
     for node in _modules(module):
         if isinstance(node, MLA):
-            node.split_keys_from_values()
+            node.split_keys_from_values(dtype)
     for node in _modules(module):  # anew: the split took one away
         if isinstance(node, Linear | Experts):
             node.put_inputs_first()
         if isinstance(node, Linear | Experts | Embedding | MLA):
-            for variable in vars(node).values():
-                if isinstance(variable, nnx.Param):
+            for name, variable in vars(node).items():
+                if isinstance(variable, nnx.Param) and scale_of(node, name) is None:
                     variable.set_value(variable[...].astype(dtype))
 
 

@@ -14,13 +14,27 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dsjax.numerics.fp8 import dequantize_blocks
+from dsjax.numerics.fp8_host import E4M3
 from sharding.rules import Layout
+
+SCALE = "_scale"
+"""What is added to a weight's name for that of its scales."""
 
 Tree = TypeVar("Tree")
 
 
 class RouterBias(nnx.Variable[Array]):
     """State that steers the choice of experts: no gradient, no weight decay, always float32."""
+
+
+class BlockScale(nnx.Variable[Array]):
+    """float32 scales of a weight in FP8, one for each 128 x 128 of the released matrix.
+
+    They lie beside it in its module, as `weight_scale` for `weight`, and are neither trained nor
+    decayed. `merged` says how many of the weight's last dimensions are the matrix' rows, and how
+    many its columns.
+    """
 
 
 def parameter(
@@ -31,13 +45,40 @@ def parameter(
     return nnx.Param(value.astype(dtype), axes=axes)
 
 
-def use(weight: nnx.Variable[Array], dtype: DTypeLike) -> Array:
-    """The one way a weight enters a computation: cast to the computation's dtype."""
-    return weight[...].astype(dtype)
+def use(weight: nnx.Variable[Array], dtype: DTypeLike, scale: BlockScale | None = None) -> Array:
+    """The one way a weight enters a computation: cast to the computation's dtype.
+
+    A weight in FP8 needs its scales. It is widened as loading widens one, bit by bit: multiplied in
+    float32, rounded once.
+    """
+    if scale is None:
+        assert weight.dtype != E4M3  # Its values mean nothing without their scales.
+        return weight[...].astype(dtype)
+    return dequantize_blocks(weight[...], scale[...], dtype, scale.get_metadata("merged"))
 
 
-def turn_variable(variable: nnx.Variable[Array], order: tuple[int, ...]) -> None:
-    """Transpose a parameter and the names of its dimensions, in place."""
+def scale_of(module: nnx.Module, name: str) -> BlockScale | None:
+    """The scales of a module's weight; None where it is not in FP8."""
+    return getattr(module, f"{name}{SCALE}", None)
+
+
+def put_columns_first(module: nnx.Module, name: str, merged: tuple[int, int] = (1, 1)) -> None:
+    """Turn a weight to [*stack, *columns, *rows], and its scales with it, in place.
+
+    `merged` is how many of its last dimensions are rows, and how many columns.
+    """
+    weight: nnx.Variable[Array] = getattr(module, name)
+    _swap(weight, *merged)
+    if (scale := scale_of(module, name)) is not None:
+        _swap(scale, 1, 1)
+        scale.set_metadata("merged", merged[::-1])
+
+
+def _swap(variable: nnx.Variable[Array], rows: int, columns: int) -> None:
+    """Exchange the last dimensions of a variable, and their names."""
+    rank = len(variable.shape)
+    first, split = rank - rows - columns, rank - columns
+    order = (*range(first), *range(split, rank), *range(first, split))
     axes = variable.get_metadata("axes")
     variable.set_metadata("axes", tuple(axes[i] for i in order))
     variable.set_value(jnp.transpose(variable[...], order))
@@ -106,7 +147,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Contract the last dimensions of x with the weight's inputs, and add the bias."""
-        weight = use(self.weight, x.dtype)
+        weight = use(self.weight, x.dtype, scale_of(self, "weight"))
         n = self.contracted
         mine = tuple(range(x.ndim - n, x.ndim))
         first = 0 if self.inputs_first else weight.ndim - n
@@ -119,7 +160,7 @@ class Linear(nnx.Module):
     def put_inputs_first(self) -> None:
         """Turn the weight to [*into, *out], which few rows at a time are multiplied faster by."""
         outputs = len(self.weight.shape) - self.contracted
-        turn_variable(self.weight, (*range(outputs, len(self.weight.shape)), *range(outputs)))
+        put_columns_first(self, "weight", (outputs, self.contracted))
         self.inputs_first = True
 
 
@@ -165,5 +206,9 @@ class MLP(nnx.Module):
 
 
 def count_parameters(tree: Any) -> int:
-    """Numbers held by a module's variables, router biases included."""
-    return sum(math.prod(variable.shape) for _, variable in variables(tree))
+    """Numbers held by a module's variables, router biases included, scales of FP8 not."""
+    return sum(
+        math.prod(variable.shape)
+        for _, variable in variables(tree)
+        if not isinstance(variable, BlockScale)
+    )

@@ -17,12 +17,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.attention import causal_attention
 from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
-from dsjax.model.layers import Linear, RMSNorm, use
+from dsjax.model.layers import Linear, RMSNorm, scale_of, use
 from dsjax.model.rope import RotaryTable, rotate_pairs, softmax_scale
 from sharding.rules import constrain
 
@@ -121,12 +122,16 @@ class MLA(nnx.Module):
             heads = jnp.einsum("bqhr,hvr->bqhv", mixed, w_v)
         return self.out(heads), pages
 
-    def split_keys_from_values(self) -> None:
-        """Hold `kv_b` as two weights, `k_b` [H, nope, R] and `v_b` [H, V, R]: none is cut later."""
+    def split_keys_from_values(self, dtype: DTypeLike) -> None:
+        """Hold `kv_b` as two weights, `k_b` [H, nope, R] and `v_b` [H, V, R]: none is cut later.
+
+        In `dtype`, also where `kv_b` is in FP8: its blocks do not end where a head's keys do.
+        """
         axes = self.kv_b.weight.get_metadata("axes")
         nope = self.config.qk_nope_head_dim
-        self.k_b = nnx.Param(self.kv_b.weight[:, :nope], axes=axes)
-        self.v_b = nnx.Param(self.kv_b.weight[:, nope:], axes=axes)
+        both = use(self.kv_b.weight, dtype, scale_of(self.kv_b, "weight"))
+        self.k_b = nnx.Param(both[:, :nope], axes=axes)
+        self.v_b = nnx.Param(both[:, nope:], axes=axes)
         del self.kv_b
 
     def _queries(self, x: Array, table: RotaryTable) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.experts import routed_experts
 from dsjax.kernels.experts_inference import apply_experts
 from dsjax.kernels.swiglu import SwiGLU
-from dsjax.model.layers import MLP, RouterBias, parameter, turn_variable, use
+from dsjax.model.layers import MLP, RouterBias, parameter, put_columns_first, scale_of, use
 from sharding.rules import constrain
 
 
@@ -120,7 +120,14 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
         """sum_k gate_k * expert_k(x) for every token."""
-        weights = SwiGLU(*(use(w, x.dtype) for w in (self.gate, self.up, self.down)))
+        held = self.gate, self.up, self.down
+        scales = [scale_of(self, name) for name in SwiGLU._fields]
+        blocks = [scale[...] for scale in scales if scale is not None]
+        if self.inputs_first and len(blocks) == len(held):
+            # As they are: `use` would widen all experts at every step, and not the chosen ones.
+            weights, blocks = SwiGLU(*(weight[...] for weight in held)), SwiGLU(*blocks)
+            return apply_experts(x, weights, routing.experts, routing.gates, blocks)
+        weights = SwiGLU(*(use(w, x.dtype, s) for w, s in zip(held, scales, strict=True)))
         apply = apply_experts if self.inputs_first else routed_experts
         return apply(x, weights, routing.experts, routing.gates)
 
@@ -129,8 +136,8 @@ class Experts(nnx.Module):
 
         What is turned has no gradient.
         """
-        for weight in (self.gate, self.up, self.down):
-            turn_variable(weight, (0, 2, 1))
+        for name in SwiGLU._fields:
+            put_columns_first(self, name)
         self.inputs_first = True
 
 

@@ -22,6 +22,7 @@ Differs from the paper: the floor of amax is from DeepSeek's code.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -52,7 +53,8 @@ def dequantize_tiles(
     dtype: Any = jnp.float32,
 ) -> Float[Array, "*batch D"]:
     """Activations again: multiplied in float32, then rounded to `dtype`."""
-    return _dequantize(values, scales, TILE_AXES, dtype)
+    spread = _spread(scales, values.shape, TILE_AXES)
+    return _round(values.astype(jnp.float32) * spread, dtype)
 
 
 def quantize_blocks(w: Float[Array, "*stack O I"], *, power_of_two: bool = False) -> Quantized:
@@ -61,12 +63,23 @@ def quantize_blocks(w: Float[Array, "*stack O I"], *, power_of_two: bool = False
 
 
 def dequantize_blocks(
-    values: Float8e4m3fn[Array, "*stack O I"],
+    values: Float8e4m3fn[Array, "..."],
     scales: Float32[Array, "*stack _ _"],
     dtype: Any = jnp.float32,
-) -> Float[Array, "*stack O I"]:
-    """Weights again: multiplied in float32, then rounded to `dtype`."""
-    return _dequantize(values, scales, BLOCK_AXES, dtype)
+    merged: tuple[int, int] = (1, 1),
+) -> Float[Array, "..."]:
+    """Weights again: multiplied in float32, then rounded to `dtype`.
+
+    Args:
+        values: [*stack, *rows, *columns].
+        scales: of blocks of all rows by all columns, each taken as one dimension.
+        dtype: what the products are rounded to.
+        merged: how many of the values' last dimensions are rows, and how many columns.
+    """
+    first, split = values.ndim - sum(merged), values.ndim - merged[1]
+    sides = math.prod(values.shape[first:split]), math.prod(values.shape[split:])
+    spread = _spread(scales, (*values.shape[:first], *sides), BLOCK_AXES)
+    return _round(values.astype(jnp.float32) * spread.reshape(values.shape), dtype)
 
 
 def _quantize(x: Float[Array, "..."], axes: tuple[int, ...], power_of_two: bool) -> Quantized:
@@ -83,13 +96,14 @@ def _quantize(x: Float[Array, "..."], axes: tuple[int, ...], power_of_two: bool)
     return Quantized(_divide(x, _spread(scales, x.shape, axes)).astype(E4M3), scales)
 
 
-def _dequantize(
-    values: Float8e4m3fn[Array, "..."],
-    scales: Float32[Array, "..."],
-    axes: tuple[int, ...],
-    dtype: Any,
-) -> Float[Array, "..."]:
-    return (values.astype(jnp.float32) * _spread(scales, values.shape, axes)).astype(dtype)
+def _round(x: Float32[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """x in `dtype`, rounded whatever follows.
+
+    XLA may leave out a cast that another one undoes, and multiplies bfloat16 in float32 on a CPU:
+    the product would be of numbers that are not in `dtype`.
+    """
+    kind = jnp.finfo(dtype)
+    return lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
 
 
 def _largest(x: Int[Array, "..."], axis: int) -> Int[Array, "..."]:
@@ -106,7 +120,9 @@ def _spread(
 ) -> Float32[Array, "..."]:
     """Each scale wherever it applies: the shape of the values.
 
-    The scales are reshaped, never the values, so that these stay as they lie on a mesh.
+    The values are left as they lie on a mesh, and the scales, of which every device has all, are
+    looked up: each device finds its own. Repeated and cut to size, devices would exchange them
+    wherever a part of the values ends within a block.
     """
     expected = list(shape)
     for axis in axes:
@@ -117,8 +133,7 @@ def _spread(
             f"found {list(scales.shape)}"
         )
     for axis in axes:
-        spread = jnp.repeat(scales, BLOCK, axis)
-        scales = lax.slice_in_dim(spread, 0, shape[axis], axis=axis)
+        scales = jnp.take(scales, jnp.arange(shape[axis]) // BLOCK, axis, mode="clip")
     return scales
 
 

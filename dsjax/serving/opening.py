@@ -17,6 +17,7 @@ from dsjax.errors import UserError
 from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
 from dsjax.model.decoder import cache_shape
+from dsjax.model.layers import count_parameters
 from dsjax.model.transformer import Transformer
 from dsjax.serving.options import ModelOptions
 from dsjax.serving.protocol import Served, load_served
@@ -84,7 +85,7 @@ def _cache_tokens(memory: int | None, size: int, settings: EngineSettings, group
 def _describe(model: Transformer, settings: EngineSettings, size: int) -> str:
     """What there is now, in one line."""
     weights = jax.tree.leaves(model)
-    count = sum(array.size for array in weights)
+    count = count_parameters(model)
     held = sum(array.nbytes for array in weights)
     tokens = settings.cache_tokens or 0
     return (

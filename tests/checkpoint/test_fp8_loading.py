@@ -1,18 +1,20 @@
-"""FP8 folders and converted ones load as what their numbers mean, on one device and on many."""
+"""FP8 folders load as FP8 or as what it means, on one device and on many, and are saved again."""
 
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from released_folders import BLOCKS, FAMILIES, write_released
+from released_folders import BLOCKS, BLOCKS_DENSE, FAMILIES, assert_same, write_released
 
 import dsjax
+from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.convert import convert
 from dsjax.checkpoint.families import ROUTER_BIAS, tensors
 from dsjax.checkpoint.from_files import load_files
 from dsjax.errors import UserError
-from dsjax.model.layers import variables
+from dsjax.model.layers import BlockScale, count_parameters, variables
 from dsjax.model.transformer import Transformer
 from sharding.mesh import make_mesh
 from sharding.rules import Layout
@@ -32,11 +34,35 @@ def assert_equal(model: Transformer, other: Transformer) -> None:
         assert array.tobytes() == two[path].tobytes(), path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
-def test_fp8_is_widened_to_what_its_definition_says(tmp_path: Path, dtype: str | None) -> None:
+@pytest.mark.parametrize("config", [BLOCKS, BLOCKS_DENSE], ids=["v3", "qwen3"])
+def test_fp8_is_held_bit_by_bit_in_the_bytes_of_the_files(
+    tmp_path: Path, config: ModelConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = write_released(tmp_path / "hf", config, "F8_E4M3")
+    model = load_files(tmp_path / "hf")
+    assert capsys.readouterr().err == ""
+    assert model.dtype == jnp.bfloat16
+    arrays = held(model)
+    own = [tensor for tensor in tensors(config) if not tensor.repeats]
+    for tensor in own:
+        stored = {tensor.path: weights[tensor.name]}
+        if tensor.scale:
+            stored[f"{tensor.path}_scale"] = weights[tensor.scale[0]]
+        for path, value in stored.items():
+            found = arrays[path][tensor.index]
+            assert found.dtype == value.dtype, path
+            assert found.tobytes() == value.tobytes(), path
+    repeated = sum(weights[t.name].nbytes for t in tensors(config) if t.repeats)
+    in_files = sum(weight.nbytes for weight in weights.values()) - repeated
+    assert sum(array.nbytes for array in arrays.values()) == in_files
+    assert count_parameters(model) == sum(tensor.size for tensor in own)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_is_widened_to_what_its_definition_says(tmp_path: Path, dtype: str) -> None:
     weights = write_released(tmp_path / "hf", BLOCKS, "F8_E4M3")
     model = dsjax.load(tmp_path / "hf", dtype=dtype)
-    expected = jnp.dtype(dtype or "bfloat16")
+    expected = jnp.dtype(dtype)
     assert model.dtype == expected
     arrays = held(model)
     for tensor in tensors(BLOCKS):
@@ -52,14 +78,7 @@ def test_fp8_is_widened_to_what_its_definition_says(tmp_path: Path, dtype: str |
         assert found.tobytes() == value.tobytes(), tensor.name
 
 
-def test_widening_unasked_is_said_in_one_line(tmp_path: Path, capsys) -> None:
-    write_released(tmp_path / "hf", BLOCKS, "F8_E4M3")
-    load_files(tmp_path / "hf")
-    assert capsys.readouterr().err == f"{tmp_path}/hf: FP8 weights are widened to bfloat16\n"
-    load_files(tmp_path / "hf", dtype="bfloat16")
-    assert capsys.readouterr().err == ""
-
-
+@pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize(
     ("form", "sizes"),
     [
@@ -68,14 +87,19 @@ def test_widening_unasked_is_said_in_one_line(tmp_path: Path, capsys) -> None:
         ("ours", {"fsdp": 2, "tensor": 4}),
     ],
 )
-def test_slices_that_begin_within_a_block_are_widened_alike(
-    tmp_path: Path, form: str, sizes: dict[str, int]
+def test_slices_that_begin_within_a_block_are_held_and_widened_alike(
+    tmp_path: Path, form: str, sizes: dict[str, int], dtype: str | None
 ) -> None:
     write_released(tmp_path / "hf", BLOCKS, "F8_E4M3")
     convert(tmp_path / "hf", tmp_path / "ours")
-    whole = load_files(tmp_path / "hf", dtype="float32")
-    cut = load_files(tmp_path / form, "float32", Layout(make_mesh(sizes)))
+    whole = load_files(tmp_path / "hf", dtype)
+    cut = load_files(tmp_path / form, dtype, Layout(make_mesh(sizes)))
     assert_equal(cut, whole)
+    for path, variable in variables(cut):
+        if isinstance(variable, BlockScale):
+            experts = sizes.get("expert", 1) if ".experts." in path else 1
+            part = variable[...].addressable_shards[0].data
+            assert part.size == variable[...].size // experts, path
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F8_E4M3"])
@@ -96,3 +120,34 @@ def test_a_scale_that_is_none_is_named(tmp_path: Path, bad: float) -> None:
     write_released(tmp_path / "bad", BLOCKS, "F8_E4M3", weights=weights)
     with pytest.raises(UserError, match=f"{name}: the scale of block .* expected a positive"):
         load_files(tmp_path / "bad")
+
+
+def test_a_number_that_is_none_is_named(tmp_path: Path) -> None:
+    weights = write_released(tmp_path / "hf", BLOCKS, "F8_E4M3")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    weights[name].view(np.uint8)[-1, -1] = 0xFF
+    write_released(tmp_path / "bad", BLOCKS, "F8_E4M3", weights=weights)
+    with pytest.raises(UserError, match=f"{name} holds NaN or infinity; fetch it again"):
+        load_files(tmp_path / "bad")
+
+
+def test_layers_that_are_fp8_only_in_part_want_a_dtype(tmp_path: Path) -> None:
+    weights = write_released(tmp_path / "hf", BLOCKS, "F8_E4M3")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    del weights[f"{name}_scale_inv"]
+    weights[name] = weights[name].astype(ml_dtypes.bfloat16)
+    write_released(tmp_path / "part", BLOCKS, "F8_E4M3", weights=weights)
+    with pytest.raises(UserError, match=rf"two ways: {name} as BF16 and .* as F8_E4M3; choose"):
+        load_files(tmp_path / "part")
+    assert load_files(tmp_path / "part", dtype="bfloat16").dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("form", ["hf", "dsjax"])
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "expert": 2, "tensor": 2}])
+def test_fp8_is_saved_bit_by_bit(tmp_path: Path, form: str, sizes: dict[str, int] | None) -> None:
+    weights = write_released(tmp_path / "hf", BLOCKS, "F8_E4M3")
+    model = dsjax.load(tmp_path / "hf", mesh=make_mesh(sizes) if sizes else None)
+    dsjax.save(model, tmp_path / "saved", format=form)
+    assert_equal(dsjax.load(tmp_path / "saved"), model)
+    if form == "hf":
+        assert_same(tmp_path / "saved", weights)

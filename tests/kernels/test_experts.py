@@ -13,6 +13,7 @@ from dsjax.kernels.experts import routed_experts, routed_experts_reference
 from dsjax.kernels.experts_inference import apply_experts
 from dsjax.kernels.permutation import sort_by_expert
 from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
+from dsjax.numerics.fp8 import dequantize_blocks, quantize_blocks
 
 pytestmark = pytest.mark.usefixtures("thorough_compiler")
 
@@ -94,6 +95,43 @@ def test_experts_without_a_gradient_equal_their_meaning(tokens, choices, spread,
     assert_close([jax.jit(apply_experts)(x, turned, experts, gates)], [expected], 1e-5)
     monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
     assert_close([apply_experts(x, turned, experts, gates)], [expected], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_experts_in_fp8_are_bitwise_those_that_were_widened(dtype, monkeypatch):
+    """Matrices of several blocks, partial ones at their edges; in blocks of rows, and ragged."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = SwiGLU((3, 140, 260), (3, 140, 260), (3, 260, 140))
+    drawn = (jax.random.normal(key, shape) for key, shape in zip(keys[:3], shapes, strict=True))
+    values, scales = (SwiGLU(*parts) for parts in zip(*map(quantize_blocks, drawn), strict=True))
+    wide = SwiGLU(*(dequantize_blocks(v, s, dtype) for v, s in zip(values, scales, strict=True)))
+    x = jax.random.normal(keys[3], (20, 140)).astype(dtype)
+    experts = jnp.asarray(np.random.default_rng(0).choice([0, 2], (20, 2)), jnp.int32)
+    gates = jnp.full((20, 2), 0.5)
+    for _ in range(2):
+        run = jax.jit(lambda *arguments: apply_experts(*arguments))
+        found = run(x, values, experts, gates, scales)
+        assert (found == run(x, wide, experts, gates)).all()
+        assert jnp.abs(found.astype(jnp.float32)).max() > 1
+        monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.bfloat16])
+def test_a_few_tokens_widen_their_experts_and_no_others(dtype):
+    """Compiled for a CPU, decoding has no room for another stack of any dtype."""
+    matrices = SwiGLU((64, 128, 256), (64, 128, 256), (64, 256, 128))
+    weights = SwiGLU(*(jax.ShapeDtypeStruct(shape, dtype) for shape in matrices))
+    blocks = SwiGLU((64, 1, 2), (64, 1, 2), (64, 2, 1))
+    scales = SwiGLU(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in blocks))
+    arguments = [
+        jax.ShapeDtypeStruct((2, 128), jnp.bfloat16),
+        weights,
+        jax.ShapeDtypeStruct((2, 4), jnp.int32),
+        jax.ShapeDtypeStruct((2, 4), jnp.float32),
+        scales if dtype == jnp.float8_e4m3fn else None,
+    ]
+    used = jax.jit(apply_experts).lower(*arguments).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 64 * 128 * 256
 
 
 def test_bfloat16_stays_close_and_keeps_its_dtype():
