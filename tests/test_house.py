@@ -36,7 +36,11 @@ FLOORS = {
 }
 """Each room's floor. A room imports from floors below its own, and from itself."""
 
-ROOM_OF = {"dsjax.architecture": "dsjax.config", "dsjax.config_files": "dsjax.config"}
+ROOM_OF = {
+    "dsjax.architecture": "dsjax.config",
+    "dsjax.config_files": "dsjax.config",
+    "dsjax.places": "dsjax.config",
+}
 """Files of floor 0 that make one room with config.py."""
 
 DOORS = {"dsjax", "dsjax.__main__", "dsjax.cli", "train", "serve"}

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
+from dsjax.checkpoint.from_objects import fetch
 from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.checkpoint.source import Source, Stored, open_source
 from dsjax.checkpoint.streams import same_numbers
@@ -27,6 +28,7 @@ from dsjax.errors import UserError
 from dsjax.model.layers import variable_axes, variables
 from dsjax.model.transformer import Transformer
 from dsjax.numerics.fp8_host import dequantize_into
+from dsjax.places import ObjectPath, as_path
 from sharding.rules import Layout
 
 HELD = {name: DTYPES[name] for name in ("F32", "BF16")}
@@ -55,11 +57,12 @@ def load_files(folder: str | Path, dtype: Any = None, layout: Layout | None = No
     wanted = None if dtype is None else jnp.dtype(dtype)
     if wanted is not None and wanted not in HELD.values():
         raise UserError(f"dtype={wanted}: weights are held as float32 or bfloat16; choose one")
-    source = open_source(Path(folder))
+    source = open_source(as_path(folder))
     if source.config != source.promised:
         print(f"{folder}: holds no MTP weights; the model is loaded without", file=sys.stderr)
     _check_dtypes(source.parts, source.stored)
-    _check_repeats(source.parts, source.stored)
+    if not isinstance(source.folder, ObjectPath):  # there `fetch` compares what it fetches
+        _check_repeats(source.parts, source.stored)
     if wanted is None and any(source.stored[t.name].dtype == FP8 for t in source.parts):
         print(f"{folder}: FP8 weights are widened to bfloat16", file=sys.stderr)
     return _build(source, wanted, layout)
@@ -78,7 +81,8 @@ def _build(source: Source, wanted: np.dtype[Any] | None, layout: Layout | None) 
     leaves = []
     for path, variable in variables(abstract):
         place = _place(variable, layout)
-        leaves.append(_load(pieces[path], stored, variable.shape, dtypes[path], place))
+        here = fetch(pieces[path], source, variable.shape, place)
+        leaves.append(_load(pieces[path], here, variable.shape, dtypes[path], place))
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 

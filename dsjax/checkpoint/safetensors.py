@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.errors import UserError, one_line
+from dsjax.places import ObjectPath, each
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,6 +64,8 @@ class Entry:
 
     def read(self) -> np.ndarray:
         """The tensor as a read-only view of the file: only what is looked at enters memory."""
+        if isinstance(self.file, ObjectPath):
+            return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape).view(
             np.ndarray
         )
@@ -74,13 +77,20 @@ class Entry:
         """
         size = DTYPES[self.dtype].itemsize
         start, length = self.start + begin * size, (end - begin) * size
+        if isinstance(self.file, ObjectPath):
+            data = self.file.read_ahead(start, length, self.start + self.nbytes)
+        else:
+            data = self._pread(start, length)
+        if len(data) < length:
+            raise UserError(f"{self.file}: became shorter while it was read; fetch it again")
+        return np.frombuffer(data, DTYPES[self.dtype])
+
+    def _pread(self, start: int, length: int) -> bytes:
         with self.file.open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), length, start)
             # What will probably be asked for next is fetched while this is worked on.
             os.posix_fadvise(file.fileno(), start + length, length, os.POSIX_FADV_WILLNEED)
-        if len(data) < length:
-            raise UserError(f"{self.file}: became shorter while it was read; fetch it again")
-        return np.frombuffer(data, DTYPES[self.dtype])
+        return data
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:
@@ -226,8 +236,10 @@ def _read_index(index: Path) -> dict[str, set[str]]:
 def _read_shards(folder: Path, shards: dict[str, set[str]]) -> dict[str, Entry]:
     """Headers of all shards, which must list the very tensors that the index puts there."""
     entries: dict[str, Entry] = {}
-    for shard, promised in sorted(shards.items()):
-        header = read_header(folder / shard)
+    names = sorted(shards)
+    headers = each(read_header, [folder / shard for shard in names], folder)
+    for shard, header in zip(names, headers, strict=True):
+        promised = shards[shard]
         if absent := sorted(promised - header.keys()):
             raise UserError(
                 f"{folder / INDEX}: says that {shard} holds {absent[0]}, but it does not "

@@ -16,6 +16,7 @@ from jaxtyping import Int32
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dsjax.errors import UserError, one_line
+from dsjax.places import ObjectStoreError, as_path
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -189,10 +190,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, or the one in a folder, or in its `tokenizer/`, as in a run.
 
+    A path that begins with gs:// is one in a bucket.
     A `tokenizer_config.json` beside it names bos and eos; without one, DeepSeek's names are tried.
     Raises `UserError` when a file is missing or damaged.
     """
-    path = Path(path)
+    path = as_path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.exists() and (inside := path / "tokenizer" / file.name).is_file():
         file = inside
@@ -203,7 +205,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     config = file.with_name("tokenizer_config.json")
     names = _read_names(config) if config.is_file() else {}
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_buffer(file.read_bytes())
+    except ObjectStoreError:
+        raise
     except Exception as error:  # tokenizers raises nothing more precise
         raise UserError(f"{file}: cannot be read as a tokenizer: {one_line(error)}") from None
     for key, name in names.items():
