@@ -95,6 +95,9 @@ class ObjectStore:
 def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # An answer in one packet, at once: else each waits for the other side to acknowledge.
+        wbufsize = 1 << 16
+        disable_nagle_algorithm = True
 
         def log_message(self, *_: object) -> None:
             pass
