@@ -81,7 +81,7 @@ def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
         "source",
         metavar="CONFIG|FOLDER",
         help="a Hugging Face folder, dsjax weights, a run, a GGUF file, a config.json, a YAML "
-        "file, or a name under configs/",
+        "file, or a name under configs/; folders may be in a bucket, gs://...",
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     verb.add_argument(
@@ -107,7 +107,8 @@ a GGUF file of llama, qwen2 or qwen3.
 Numbers are kept as they are stored unless --dtype says otherwise; FP8 keeps its bits and scales.
 The MTP layer, config.json, generation_config.json, tokenizer and chat templates travel along. The
 model streams by in some 300 MB of memory, whatever its size. DST is written as DST.partial and
-gets its name when it is whole; killed, the same command goes on where it was."""
+gets its name when it is whole; killed, the same command goes on where it was. SRC and DST may be in
+a bucket, gs://BUCKET/PATH; there what makes DST a model is written last."""
 
 CONVERT_EXAMPLES = """\
 examples:
@@ -118,6 +119,8 @@ examples:
                                                     a Hugging Face folder in bfloat16
   dsjax convert runs/demo demo-hf                   a run, for other libraries
   dsjax convert model.gguf folder                   to a Hugging Face folder, in float32
+  dsjax convert gs://bucket/DeepSeek-R1 gs://bucket/r1
+                                                    between buckets, or a bucket and a disk
   dsjax inspect --verify r1                         later: is every byte still there?
 """
 

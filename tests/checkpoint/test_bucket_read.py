@@ -1,6 +1,7 @@
 """Models in a bucket are loaded and inspected as on a disk; a stand-in is the store."""
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from dsjax.data.tokenizer import train_tokenizer
 from dsjax.errors import UserError
 from dsjax.model.layers import variables
 from dsjax.places import as_path
+from dsjax.serving.options import ModelOptions
+from dsjax.serving.protocol import load_served
 from sharding.mesh import make_mesh
 
 Said = tuple[int | str | None, str, str]
@@ -153,6 +156,25 @@ def test_a_tokenizer_is_read_from_a_bucket(store: ObjectStore, tmp_path: Path) -
     address = store.put_folder("run", tmp_path / "run")
     for path in (address, f"{address}/tokenizer", f"{address}/tokenizer/tokenizer.json"):
         assert dsjax.load_tokenizer(path).digest == tokenizer.digest
+
+
+def test_a_door_knows_of_a_model_in_a_bucket_what_it_knows_on_a_disk(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    write_released(tmp_path / "hf", BLOCKS, "BF16")
+    train_tokenizer(["some text"], 300).save(tmp_path / "hf")
+    address = store.put_folder("hf", tmp_path / "hf")
+    parser = ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    options = ModelOptions.of(parser.parse_args([address]))
+    assert (str(options.checkpoint), options.name) == (address, "hf")
+    found, expected = (
+        load_served(folder, "hf", vocab_size=500, context=16)
+        for folder in (options.checkpoint, tmp_path / "hf")
+    )
+    assert found.tokenizer.digest == expected.tokenizer.digest
+    assert found.defaults == expected.defaults == {"temperature": 0.6}
+    assert found.template is not None
 
 
 def test_saving_into_a_bucket_equals_saving_on_a_disk(store: ObjectStore, tmp_path: Path) -> None:
