@@ -30,6 +30,9 @@ WINDOW = 1 << 24
 REQUESTS = 16
 """How many are under way at a time. One gets some 100 MB/s from a bucket, whatever the network."""
 
+SILENCE = 120.0
+"""Seconds without a byte after which a request is made again; the library would wait for ever."""
+
 _SCHEME = "gs:"
 _LOGIN = "log in by `gcloud auth application-default login`, or ask the bucket's owner"
 
@@ -221,11 +224,12 @@ class ObjectPath(PosixPath):
     def read_ahead(self, start: int, length: int, end: int) -> bytes | memoryview:
         """As `read_range`, but what probably comes next is fetched with it, up to `end`.
 
-        A thread keeps the last two windows, so two objects can be read in turns.
+        A thread keeps the last two windows, so two objects can be read in turns; another path of
+        the same object looks again.
         """
         kept: list[tuple[Path, int, bytes]] = _kept.__dict__.setdefault("windows", [])
         for file, begin, data in kept:
-            if file == self and begin <= start and start + length <= begin + len(data):
+            if file is self and begin <= start and start + length <= begin + len(data):
                 return memoryview(data)[start - begin : start - begin + length]
         data = self.read_range(start, min(max(length, WINDOW), end - start))
         kept[:] = [*kept[-1:], (self, start, data)]
@@ -317,12 +321,17 @@ def _store() -> Any:
     STORAGE_EMULATOR_HOST, an address, puts a stand-in in the store's place.
     """
     try:
+        from aiohttp import ClientTimeout
         from gcsfs.core import GCSFileSystem
     except ImportError:
         raise UserError("reading gs:// needs the gcsfs package: pip install 'dsjax[gcs]'") from None
     # It logs what it raises too, with a traceback; what it raises is told in one line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    return GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
+    return GCSFileSystem(
+        requests_timeout=ClientTimeout(sock_connect=SILENCE, sock_read=SILENCE),
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,7 +20,7 @@ from dsjax.checkpoint.journal import check_identity
 from dsjax.checkpoint.manifest import MANIFEST, Digest, Leaves, manifest_bytes
 from dsjax.checkpoint.weights_folder import CONFIG
 from dsjax.errors import UserError
-from dsjax.places import ObjectPath, as_path, each, telling
+from dsjax.places import ObjectPath, ObjectStoreError, as_path, each, telling
 
 BEGUN = "begun.json"
 OPENING = frozenset({"config.json", CONFIG})
@@ -117,9 +118,9 @@ class ObjectWriter:
     def close(self) -> None:
         """Give up what is not finished."""
         if not self._stream.closed:
-            with telling(self._path):
-                self._stream.discard()
             self._stream.closed = True  # else its finalizer would finish it
+            with suppress(ObjectStoreError), telling(self._path):
+                self._stream.discard()  # what cannot be discarded now expires by itself
 
 
 class ObjectComparer:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from released_folders import BLOCKS, assert_same, write_released
 from rich.console import Console
 
 import dsjax
+from dsjax import places
 from dsjax.checkpoint.convert import convert
 from dsjax.checkpoint.inspect import report
 from dsjax.checkpoint.source import open_source
@@ -48,6 +50,23 @@ def test_transient_failures_are_survived(
     convert(as_path(DST), tmp_path / "back", to="hf")
     assert_same(tmp_path / "back", weights)
     assert len(failed) > 10
+
+
+def test_a_silent_store_is_asked_again(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "SILENCE", 0.3)
+    silent = [0.8]
+
+    def wait(method: str, name: str) -> None:
+        if name.endswith(".json") and silent:
+            time.sleep(silent.pop())
+
+    write_released(tmp_path / "hf", BLOCKS, "BF16")
+    address = store.put_folder("hf", tmp_path / "hf")
+    store.fail = wait
+    assert report(address)["family"] == "deepseek_v3"
+    assert store.seen["GET hf/config.json"] + store.seen["GET hf/model.safetensors.index.json"] == 3
 
 
 def test_what_fails_for_good_while_writing_is_gone_on_from(
