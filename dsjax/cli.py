@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsjax.errors import UserError, one_line
+from dsjax.places import ObjectPath, as_path
 
 DESCRIPTION = "DeepSeek-V3 and R1 in JAX: look at models, here; train.py trains one."
 
@@ -72,10 +73,13 @@ def _call_verb() -> None:
 
 def _path(text: str) -> Path:
     """A path that can be looked at; whether something is there is for the verb to say."""
-    path = Path(text)
     try:
-        path.resolve()
-        path.exists()
+        path = as_path(text)
+        if not isinstance(path, ObjectPath):
+            path.resolve()
+            path.exists()
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     except (OSError, RuntimeError) as error:  # too long, forbidden, or a link to itself
         raise argparse.ArgumentTypeError(f"cannot be looked at: {one_line(error)}") from None
     return path
@@ -93,7 +97,7 @@ def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="CONFIG|FOLDER",
         type=_path,
         help="a Hugging Face folder, dsjax weights, a run, a GGUF file, a config.json, a YAML "
-        "file, or a name under configs/",
+        "file, or a name under configs/; folders may be in a bucket, gs://...",
     )
     verb.add_argument("--json", action="store_true", help="print one JSON object")
     verb.add_argument(
@@ -119,7 +123,8 @@ a GGUF file of llama, qwen2 or qwen3.
 Numbers are kept as they are stored unless --dtype says otherwise; FP8 keeps its bits and scales.
 The MTP layer, config.json, generation_config.json, tokenizer and chat templates travel along. The
 model streams by in some 300 MB of memory, whatever its size. DST is written as DST.partial and
-gets its name when it is whole; killed, the same command goes on where it was."""
+gets its name when it is whole; killed, the same command goes on where it was. SRC and DST may be in
+a bucket, gs://BUCKET/PATH; there what makes DST a model is written last."""
 
 CONVERT_EXAMPLES = """\
 examples:
@@ -130,6 +135,8 @@ examples:
                                                     a Hugging Face folder in bfloat16
   dsjax convert runs/demo demo-hf                   a run, for other libraries
   dsjax convert model.gguf folder                   to a Hugging Face folder, in float32
+  dsjax convert gs://bucket/DeepSeek-R1 gs://bucket/r1
+                                                    between buckets, or a bucket and a disk
   dsjax inspect --verify r1                         later: is every byte still there?
 """
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from dsjax.architecture import FAMILIES, ModelConfig
 from dsjax.config import RunConfig
 from dsjax.errors import UserError, one_line
+from dsjax.places import as_path
 from dsjax.small_files import read_small
 
 T = TypeVar("T", bound=BaseModel)
@@ -59,7 +60,7 @@ def load_run_config(name: str | Path, overrides: list[str] | None = None) -> Run
 
 def find_config(name: str | Path, folder: Path) -> Path:
     """The file `name`, or `folder/name.yaml`; a `UserError` lists what there is."""
-    path = Path(name)
+    path = as_path(name)
     if path.is_file():
         return path
     named = folder / f"{name}.yaml"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from io import BufferedReader
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, NoReturn
 
 from dsjax.errors import UserError, one_line
+from dsjax.places import ObjectStoreError
 
 MAX_JSON_BYTES = 20_000_000
 """What is parsed at once: at its worst some 500 MB of objects. DeepSeek-R1's index has 9 MB,
@@ -43,8 +43,10 @@ def read_small(file: Path, limit: int = MAX_BYTES) -> bytes:
     """
     try:
         with open_file(file) as stream:
-            size = os.fstat(stream.fileno()).st_size
+            size = file.stat().st_size
             data = stream.read(size) if size <= limit else b""
+    except ObjectStoreError:
+        raise  # it says all that is known, in one line
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     if size > limit:

@@ -1,7 +1,8 @@
 """`dsjax convert`: a model from one format to another, as a stream. Imports no jax.
 
 Memory is bounded whatever the model's size, every tensor arrives, and what is written gets its name
-by one `rename` when all of it is on the disk. Killed, it goes on where it was.
+by one `rename` when all of it is on the disk. Killed, it goes on where it was. In an object store,
+which has no rename, what makes a folder a model is written last.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -32,19 +34,20 @@ from rich.progress import (
 
 from dsjax.checkpoint.conversion import DSJAX, DTYPE_NAMES, FORMATS, HF, Job, Plan, make_plan
 from dsjax.checkpoint.journal import Journal
-from dsjax.checkpoint.manifest import flush_directory, write_manifest
 from dsjax.checkpoint.source import HUGGING_FACE, Source, open_source
 from dsjax.checkpoint.streams import same_numbers
 from dsjax.checkpoint.tables import human, table
+from dsjax.checkpoint.to_objects import ObjectJournal, check_free
 from dsjax.checkpoint.writing import (
     THREAD_BYTES,
-    THREADS,
     Advance,
     compare_job,
     in_threads,
+    threads_for,
     write_job,
 )
 from dsjax.errors import UserError, one_line
+from dsjax.places import WINDOW, ObjectPath, as_path
 
 PROCESS_BYTES = 70_000_000
 """What the interpreter and its libraries take, about."""
@@ -66,7 +69,7 @@ def convert(
 
     Args:
         source: a Hugging Face folder, dsjax weights, or the directory of a run.
-        destination: a folder that does not exist yet.
+        destination: a folder that does not exist yet; it, or the source, may begin with gs://.
         to: "hf" or "dsjax"; None takes the one that the source is not.
         dtype: float32, bfloat16 or fp8; None keeps what is stored.
         verify: read everything again at the end, and compare it with the source.
@@ -79,6 +82,7 @@ def convert(
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPE_NAMES)}")
     if to is not None and to not in FORMATS:
         raise UserError(f"--to {to}: expected one of {', '.join(FORMATS)}")
+    source, destination = as_path(source), as_path(destination)
     _check_place(source, destination)
     opened = open_source(source)
     to = to or (DSJAX if opened.kind == HUGGING_FACE else HF)
@@ -107,36 +111,37 @@ def write_plan(
         UserError: the source is damaged, which leaves nothing; or it cannot be written, and what is
             there stays for the next one of this `identity`.
     """
-    journal = Journal(_partial(destination), identity)
+    journal = _journal(destination, identity)
     with closing(journal):
         _check_room(plan, journal)
         try:
             _convert(plan, journal, verify)
-            os.rename(journal.partial, destination)
-            flush_directory(destination.absolute().parent)
-        except UserError:
-            journal.remove()
-            raise
-        except OSError as error:
+            journal.finish(plan.leaves)
+        except OSError as error:  # an object store's failures are this too
             raise UserError(
                 f"{journal.partial}: cannot be finished now: {one_line(error)}; the same command "
                 "goes on from here"
             ) from error
-        journal.remove()
+        except UserError:
+            journal.remove()
+            raise
+
+
+def _journal(destination: Path, identity: dict[str, Any]) -> Journal | ObjectJournal:
+    if isinstance(destination, ObjectPath):
+        return ObjectJournal(destination, identity)
+    return Journal(destination, identity)
 
 
 def _check_place(source: Path, destination: Path) -> None:
-    if os.path.lexists(destination):
+    if isinstance(destination, ObjectPath):
+        check_free(destination)
+    elif os.path.lexists(destination):
         raise UserError(f"{destination}: exists already; choose a new folder")
-    if not destination.absolute().parent.is_dir():
+    elif not destination.absolute().parent.is_dir():
         raise UserError(f"{destination}: {destination.absolute().parent} is no folder; make it")
     if destination.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{destination}: lies inside the source {source}; choose a place outside")
-
-
-def _partial(destination: Path) -> Path:
-    destination = destination.absolute()
-    return destination.with_name(f"{destination.name}.partial")
 
 
 def _identity(source: Source, plan: Plan, to: str, dtype: str | None) -> dict[str, Any]:
@@ -152,9 +157,10 @@ def _identity(source: Source, plan: Plan, to: str, dtype: str | None) -> dict[st
     return {"options": f"--to {to} --dtype {dtype or 'as stored'}", "described": digest}
 
 
-def _convert(plan: Plan, journal: Journal, verify: bool) -> None:
-    """Write everything into the folder beside the destination, its manifest last."""
+def _convert(plan: Plan, journal: Journal | ObjectJournal, verify: bool) -> None:
+    """Write everything but the manifest into the folder beside the destination, or into it."""
     folder = journal.partial
+    places = (folder, *(item.source.file for item in islice(plan.items, 1)))
     left = [job for job in plan.jobs if any(o.path not in journal.done for o in job.outputs)]
     both = sum(job.bytes_in + job.bytes_out for job in plan.jobs)
     done = both - sum(job.bytes_in + job.bytes_out for job in left)
@@ -162,19 +168,18 @@ def _convert(plan: Plan, journal: Journal, verify: bool) -> None:
         task = bar.add_task("converting", total=both, completed=done)
         advance = partial(bar.advance, task)
         repeats = [partial(_check_repeat, *repeat) for repeat in plan.repeats]
-        in_threads([*repeats, *(partial(_write, job, journal, advance) for job in left)])
-        for name, data in plan.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(data)
+        writes = [partial(_write, job, journal, advance) for job in left]
+        in_threads([*repeats, *writes], *places)
+        journal.put(plan.files)
         if verify:
             task = bar.add_task("verifying", total=both)
             advance = partial(bar.advance, task)
-            in_threads([partial(_compare, job, folder, advance) for job in plan.jobs])
-            _compare_files(plan, folder)
-    write_manifest(folder, None, plan.leaves, journal.done)
+            folder = journal.partial
+            in_threads([partial(_compare, job, folder, advance) for job in plan.jobs], *places)
+            _compare_files(plan, journal)
 
 
-def _write(job: Job, journal: Journal, advance: Advance, stop: Event) -> None:
+def _write(job: Job, journal: Journal | ObjectJournal, advance: Advance, stop: Event) -> None:
     written = write_job(job, journal.partial, stop, advance)
     if not stop.is_set():
         journal.add(written)
@@ -184,14 +189,15 @@ def _compare(job: Job, folder: Path, advance: Advance, stop: Event) -> None:
     compare_job(job, folder, stop, advance)
 
 
-def _compare_files(plan: Plan, folder: Path) -> None:
+def _compare_files(plan: Plan, journal: Journal | ObjectJournal) -> None:
     """The small ones; and nothing else may be there."""
+    folder, names = journal.partial, plan.files.keys() - journal.withheld
     outputs = {output.path for job in plan.jobs for output in job.outputs}
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    if found != outputs | plan.files.keys():
+    if found != outputs | names:
         raise UserError(f"{folder}: files appeared or went while it was written; convert again")
-    for name, data in plan.files.items():
-        if (folder / name).read_bytes() != data:
+    for name in names:
+        if (folder / name).read_bytes() != plan.files[name]:
             raise UserError(f"{folder / name}: differs from what was written; convert again")
 
 
@@ -204,9 +210,11 @@ def _check_repeat(tensor: Any, one: Any, other: Any, stop: Event) -> None:
         )
 
 
-def _check_room(plan: Plan, journal: Journal) -> None:
+def _check_room(plan: Plan, journal: Journal | ObjectJournal) -> None:
     """Whether the disk has room for what is not finished yet; what is finished is kept."""
     folder = journal.partial
+    if isinstance(folder, ObjectPath):
+        return
     needed = plan.bytes_out - sum(digest["bytes"] for digest in journal.done.values())
     free = shutil.disk_usage(folder).free
     if needed <= free:
@@ -255,8 +263,13 @@ def _show(plan: Plan, source: Source, destination: Path, to: str) -> None:
     say(f"stored tensors, scales included: {len(source.stored):,}, {scales:,} of them scales")
     files = len(plan.files) + sum(len(job.outputs) for job in plan.jobs) + 1
     say(f"files to write: {files:,}, manifest included")
-    peak = PROCESS_BYTES + TENSOR_BYTES * len(source.stored) + THREADS * THREAD_BYTES
-    say(f"peak memory: about {human(peak)}, {THREADS} threads")
+    threads = threads_for(source.folder, destination)
+    buffers = 4 * WINDOW * sum(isinstance(p, ObjectPath) for p in (source.folder, destination))
+    peak = PROCESS_BYTES + TENSOR_BYTES * len(source.stored) + threads * (THREAD_BYTES + buffers)
+    say(f"peak memory: about {human(peak)}, {threads} threads")
+    if isinstance(destination, ObjectPath):
+        say(f"bucket: {human(plan.bytes_out)} needed")
+        return
     free = shutil.disk_usage(destination.absolute().parent).free
     enough = "enough" if plan.bytes_out <= free else "NOT ENOUGH"
     say(f"disk: {human(plan.bytes_out)} needed, {human(free)} free: {enough}")

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
+from dsjax.checkpoint.from_objects import fetch
 from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.checkpoint.source import Source, Stored, open_source
 from dsjax.checkpoint.streams import check_finite, same_numbers
@@ -28,10 +29,14 @@ from dsjax.model.fp8 import hold_in_fp8
 from dsjax.model.layers import SCALE, BlockScale, variable_axes, variables
 from dsjax.model.transformer import Transformer
 from dsjax.numerics.fp8_host import E4M3, check_scales, dequantize_into
+from dsjax.places import ObjectPath, as_path
 from sharding.rules import Layout
 
-HELD = {name: DTYPES[name] for name in ("F32", "BF16")}
+HELD = {name: DTYPES[name] for name in ("F32", "BF16", "F16")}
 """What any weight may be held and stored as; one with scales may be FP8, too."""
+
+COMPUTED = {name: DTYPES[name] for name in ("F32", "BF16")}
+"""What is computed in. float16 is not: these models' activations are larger than its 65,504."""
 
 CACHE_LINE = 64
 
@@ -45,8 +50,8 @@ def load_files(folder: str | Path, dtype: Any = None, layout: Layout | None = No
     Args:
         folder: the folder, or the file.
         dtype: float32 or bfloat16, to cast all but the router biases, which are always float32.
-            None keeps each weight as it is stored, and computes as the embedding is stored; FP8 is
-            widened where it multiplies.
+            None keeps each weight as it is stored, and computes as the embedding is stored, in
+            float32 where that is float16; FP8 is widened where it multiplies.
         layout: where the weights go; None puts them all on the default device.
 
     Raises:
@@ -54,13 +59,14 @@ def load_files(folder: str | Path, dtype: Any = None, layout: Layout | None = No
             finite, or stored in a way that cannot be held; a repeat differs from what it repeats.
     """
     wanted = None if dtype is None else jnp.dtype(dtype)
-    if wanted is not None and wanted not in HELD.values():
-        raise UserError(f"dtype={wanted}: weights are held as float32 or bfloat16; choose one")
-    source = open_source(Path(folder))
+    if wanted is not None and wanted not in COMPUTED.values():
+        raise UserError(f"dtype={wanted}: models compute in float32 or bfloat16; choose one")
+    source = open_source(as_path(folder))
     if source.config != source.promised:
         print(f"{folder}: holds no MTP weights; the model is loaded without", file=sys.stderr)
     _check_dtypes(source.parts, source.stored)
-    _check_repeats(source.parts, source.stored)
+    if not isinstance(source.folder, ObjectPath):  # there `fetch` compares what it fetches
+        _check_repeats(source.parts, source.stored)
     return _build(source, wanted, layout)
 
 
@@ -70,19 +76,22 @@ def _build(source: Source, wanted: np.dtype[Any] | None, layout: Layout | None) 
     for tensor in source.parts:
         pieces[tensor.path].append(tensor)
     dtypes = {path: _held_dtype(pieces[path], stored, wanted) for path in pieces if path}
-    computed = dtypes["embed.weight"]
+    embedded = dtypes["embed.weight"]
+    computed = embedded if embedded in COMPUTED.values() else COMPUTED["F32"]
     abstract = jax.eval_shape(
-        lambda key: Transformer(config, key, param_dtype=computed), jax.random.key(0)
+        lambda key: Transformer(config, key, param_dtype=embedded, dtype=computed),
+        jax.random.key(0),
     )
     hold_in_fp8(abstract, [path for path, dtype in dtypes.items() if dtype == DTYPES[FP8]])
-    leaves = []
+    leaves, here = [], stored
     for path, variable in variables(abstract):
-        if isinstance(variable, BlockScale):
+        place = _place(variable, layout)
+        if isinstance(variable, BlockScale):  # behind its weight, and fetched with it
             path, dtype, read = path.removesuffix(SCALE), variable.dtype, _read_scales
         else:
             dtype, read = dtypes[path], _read_slice
-        place = _place(variable, layout)
-        leaves.append(_load(pieces[path], stored, variable.shape, dtype, place, read))
+            here = fetch(pieces[path], source, variable.shape, place)
+        leaves.append(_load(pieces[path], here, variable.shape, dtype, place, read))
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 

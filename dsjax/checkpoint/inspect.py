@@ -25,6 +25,7 @@ from dsjax.checkpoint.source import Stored, open_source
 from dsjax.checkpoint.tables import human, table
 from dsjax.config_files import CONFIGS, find_config, load_model_config, load_run_config, read_yaml
 from dsjax.errors import UserError
+from dsjax.places import ObjectPath, as_path
 
 
 def inspect(source: str, *, as_json: bool, verify: bool = False) -> None:
@@ -33,7 +34,7 @@ def inspect(source: str, *, as_json: bool, verify: bool = False) -> None:
     Raises:
         UserError: as `report`; or a file is not what the folder's manifest says, or it has none.
     """
-    checked = _check_files(Path(source)) if verify else None
+    checked = _check_files(as_path(source)) if verify else None
     found = report(source)
     if checked:
         found["verified"] = checked
@@ -59,13 +60,14 @@ def report(source: str) -> dict[str, Any]:
 
     Args:
         source: a Hugging Face folder, dsjax weights, a run, a GGUF file, a config.json, a YAML
-            file, or a name under `configs/`.
+            file, or a name under `configs/`. Folders and files may be in a bucket: gs://...
 
     Raises:
         UserError: it cannot be read, or the folder's tensors are not those of its config.
     """
-    path = Path(source)
-    if path.is_dir() or path.suffix == ".gguf":
+    path = as_path(source)
+    absent = isinstance(path, ObjectPath) and not path.exists()
+    if absent or path.is_dir() or path.suffix == ".gguf":
         opened = open_source(path, check=False)
         promised, config = opened.promised, opened.config
         parts, stored = opened.parts, opened.stored

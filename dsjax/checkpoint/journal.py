@@ -11,11 +11,12 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from dsjax.checkpoint.manifest import Digest
+from dsjax.checkpoint.manifest import Digest, Leaves, flush_directory, write_manifest
 from dsjax.errors import UserError, one_line
 
 
@@ -26,8 +27,12 @@ class Journal:
         UserError: the folder is of another conversion, of one that is running, or of none.
     """
 
-    def __init__(self, partial: Path, identity: dict[str, Any]) -> None:
-        self.partial = partial
+    withheld: frozenset[str] = frozenset()
+    """Files of `put` that are not there before `finish`."""
+
+    def __init__(self, destination: Path, identity: dict[str, Any]) -> None:
+        self._destination = destination.absolute()
+        self.partial = partial = self._destination.with_name(f"{self._destination.name}.partial")
         self._path = partial.with_name(f"{partial.name}.jsonl")
         self._writing = Lock()
         if partial.exists() and not self._path.exists():
@@ -57,6 +62,19 @@ class Journal:
             self._write(files)
             self.done |= files
 
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Write small files."""
+        for name, data in files.items():
+            (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.partial / name).write_bytes(data)
+
+    def finish(self, leaves: Leaves) -> None:
+        """Write the manifest, give the folder its name, and forget the journal."""
+        write_manifest(self.partial, None, leaves, self.done)
+        os.rename(self.partial, self._destination)
+        flush_directory(self._destination.parent)
+        self.remove()
+
     def close(self) -> None:
         """Stop writing; what is there remains, to go on from."""
         self._file.close()
@@ -73,7 +91,7 @@ class Journal:
         if torn:
             self._file.truncate(self._file.tell() - len(torn))
         begun, *finished = [_parse(line) for line in lines] or [{}]
-        _check_identity(self.partial, begun, identity)
+        check_identity(self.partial, begun, identity)
         done: dict[str, Digest] = {}
         for files in finished:
             if all(_has_size(self.partial / name, digest) for name, digest in files.items()):
@@ -89,7 +107,8 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-def _check_identity(partial: Path, begun: dict[str, Any], identity: dict[str, Any]) -> None:
+def check_identity(partial: Path, begun: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise `UserError` unless what was begun is the conversion that wants to go on."""
     if begun == identity:
         return
     if begun.get("options") != identity["options"]:

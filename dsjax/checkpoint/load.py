@@ -17,6 +17,7 @@ from dsjax.config_files import load_run_config
 from dsjax.errors import UserError
 from dsjax.model.layers import RouterBias, tree_shardings, variables
 from dsjax.model.transformer import Transformer
+from dsjax.places import as_path
 from sharding.mesh import make_mesh
 from sharding.rules import Layout
 
@@ -26,15 +27,17 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
 
     Args:
         path: a Hugging Face folder of a family in `checkpoint/families.py`, weights that `dsjax
-            convert` wrote, the directory of a run, or a GGUF file.
+            convert` wrote, the directory of a run, or a GGUF file; the first two also in a bucket,
+            gs://BUCKET/PATH.
         dtype: float32 or bfloat16, to hold and compute in; None keeps what is stored, FP8 too, and
-            computes as the embedding is stored. Router biases are always float32.
+            computes as the embedding is stored, in float32 where that is float16. Router biases are
+            always float32.
         mesh: made by `sharding.mesh.make_mesh`; None puts everything on the default device.
 
     Raises:
         UserError: nothing there can be loaded; the message says what was found.
     """
-    folder = Path(path)
+    folder = as_path(path)
     layout = None if mesh is None else Layout(mesh)
     if kind_of(folder) == RUN:
         return _load_run(folder, dtype, layout)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsjax.errors import UserError
+from dsjax.places import WINDOW, ObjectPath, ObjectStoreError
 from dsjax.small_files import MAX_JSON_BYTES, open_file, parse_json, read_small
 
 Item = TypeVar("Item")
@@ -56,18 +57,18 @@ def write_manifest(
         return known.get(path.relative_to(folder).as_posix()) or _digest(path, flush=True)
 
     entries = _in_parallel(entry, paths)
-    body = {
-        "step": step,
-        "leaves": leaves,
-        "files": {
-            path.relative_to(folder).as_posix(): e for path, e in zip(paths, entries, strict=True)
-        },
-    }
-    rest = json.dumps(body, indent=1).removeprefix("{\n").encode()
-    (folder / MANIFEST).write_bytes(_first_line(rest) + rest)
+    files = {path.relative_to(folder).as_posix(): e for path, e in zip(paths, entries, strict=True)}
+    (folder / MANIFEST).write_bytes(manifest_bytes(step, leaves, files))
     _digest(folder / MANIFEST, flush=True)
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         flush_directory(directory)
+
+
+def manifest_bytes(step: int | None, leaves: Leaves, files: Mapping[str, Digest]) -> bytes:
+    """The manifest of a folder of these `files`."""
+    body = {"step": step, "leaves": leaves, "files": {n: files[n] for n in sorted(files, key=Path)}}
+    rest = json.dumps(body, indent=1).removeprefix("{\n").encode()
+    return _first_line(rest) + rest
 
 
 def verify(folder: Path, step: int | None) -> Leaves:
@@ -81,6 +82,8 @@ def verify(folder: Path, step: int | None) -> Leaves:
         if manifest["step"] != step:
             raise DamagedError(f"{MANIFEST} is of step {manifest['step']}")
         _check_files(folder, manifest["files"])
+    except ObjectStoreError:
+        raise  # it says all that is known, in one line
     except OSError as error:
         raise DamagedError(f"{error.filename} cannot be read ({error.strerror})") from error
     return manifest["leaves"]
@@ -153,11 +156,20 @@ def _in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> l
 
 
 def _digest(path: Path, flush: bool = False) -> Digest:
+    if isinstance(path, ObjectPath):
+        return _digest_object(path)
     with open_file(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if flush:
             os.fsync(file.fileno())
         return {"bytes": file.tell(), "sha256": digest}
+
+
+def _digest_object(path: ObjectPath) -> Digest:
+    sha256, size = hashlib.sha256(), path.stat().st_size
+    for begin in range(0, size, WINDOW):
+        sha256.update(path.read_range(begin, WINDOW))
+    return {"bytes": size, "sha256": sha256.hexdigest()}
 
 
 def _first_line(rest: bytes) -> bytes:

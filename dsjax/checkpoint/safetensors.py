@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.errors import UserError
+from dsjax.places import ObjectPath, ObjectStoreError, each
 from dsjax.small_files import MAX_JSON_BYTES, open_file, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -66,6 +67,8 @@ class Entry:
 
     def read(self) -> np.ndarray:
         """The tensor as a read-only view of the file: only what is looked at enters memory."""
+        if isinstance(self.file, ObjectPath):
+            return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape).view(
             np.ndarray
         )
@@ -77,13 +80,20 @@ class Entry:
         """
         size = DTYPES[self.dtype].itemsize
         start, length = self.start + begin * size, (end - begin) * size
+        if isinstance(self.file, ObjectPath):
+            data = self.file.read_ahead(start, length, self.start + self.nbytes)
+        else:
+            data = self._pread(start, length)
+        if len(data) < length:
+            raise UserError(f"{self.file}: became shorter while it was read; fetch it again")
+        return np.frombuffer(data, DTYPES[self.dtype])
+
+    def _pread(self, start: int, length: int) -> bytes:
         with self.file.open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), length, start)
             # What will probably be asked for next is fetched while this is worked on.
             os.posix_fadvise(file.fileno(), start + length, length, os.POSIX_FADV_WILLNEED)
-        if len(data) < length:
-            raise UserError(f"{self.file}: became shorter while it was read; fetch it again")
-        return np.frombuffer(data, DTYPES[self.dtype])
+        return data
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:
@@ -126,6 +136,8 @@ def read_header(file: Path) -> dict[str, Entry]:
                     "fetch it again"
                 )
             header = parse_json(stream.read(length), str(file))
+    except ObjectStoreError:
+        raise
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     _check_metadata(header.pop("__metadata__", {}), file)
@@ -236,8 +248,10 @@ def _is_plain(name: Any) -> bool:
 def _read_shards(folder: Path, shards: dict[str, set[str]]) -> dict[str, Entry]:
     """Headers of all shards, which must list the very tensors that the index puts there."""
     entries: dict[str, Entry] = {}
-    for shard, promised in sorted(shards.items()):
-        header = read_header(folder / shard)
+    names = sorted(shards)
+    headers = each(read_header, [folder / shard for shard in names], folder)
+    for shard, header in zip(names, headers, strict=True):
+        promised = shards[shard]
         if absent := sorted(promised - header.keys()):
             raise UserError(
                 f"{folder / INDEX}: says that {shard} holds {absent[0]}, but it does not "

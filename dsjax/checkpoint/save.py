@@ -19,9 +19,11 @@ from dsjax.checkpoint.convert import write_plan
 from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.checkpoint.source import Source
+from dsjax.checkpoint.to_objects import check_free
 from dsjax.errors import UserError
 from dsjax.model.layers import SCALE, variables
 from dsjax.model.transformer import Transformer
+from dsjax.places import ObjectPath, as_path
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -38,12 +40,15 @@ def save(model: Transformer, path: str | Path, format: str = DSJAX) -> None:
         UserError: the format is unknown, the folder exists or cannot be written, or a weight is not
             finite.
     """
-    folder = Path(path)
+    folder = as_path(path)
     if format not in FORMATS:
         raise UserError(f"format {format!r}; expected one of {', '.join(FORMATS)}")
-    if os.path.lexists(folder):
+    if isinstance(folder, ObjectPath):
+        check_free(folder)
+    elif os.path.lexists(folder):
         raise UserError(f"{folder}: exists already; choose a new folder")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    else:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     config, parts = model.config, list(tensors(model.config))
     arrays = {name: variable[...] for name, variable in variables(model)}
     if not all(array.is_fully_addressable for array in arrays.values()):

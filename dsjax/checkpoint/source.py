@@ -16,6 +16,7 @@ from dsjax.checkpoint.safetensors import read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
 from dsjax.errors import UserError
+from dsjax.places import local_path
 
 RUN = "a run"
 DSJAX = "dsjax weights"
@@ -60,7 +61,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk. `promised` is its configuration, `config` that of what is really there."""
+    """A model where it is. `promised` is its configuration, `config` that of what is there."""
 
     folder: Path
     kind: str
@@ -81,8 +82,10 @@ def kind_of(folder: Path) -> str:
         UserError: nothing that holds a model.
     """
     if folder.suffix == ".gguf" and folder.is_file():
+        local_path(folder, "a GGUF file")
         return GGUF
     if (folder / "checkpoints").is_dir():
+        local_path(folder, "a run")
         return RUN
     if (folder / WEIGHTS).is_dir() and (folder / CONFIG).is_file():
         return DSJAX

@@ -26,6 +26,7 @@ from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import FP8, Tensor, tensors
 from dsjax.checkpoint.safetensors import DTYPES, MAX_RANK, Entry
 from dsjax.errors import UserError
+from dsjax.places import each
 from dsjax.small_files import read_json
 
 WEIGHTS = "weights"
@@ -132,7 +133,9 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Entry]:
         UserError: a chunk is missing or truncated, or an array is not laid out as described above.
     """
     home = folder / WEIGHTS
-    arrays = {path.parent.name: _read_array(path) for path in sorted(home.glob("*/.zarray"))}
+    headers = sorted(home.glob("*/.zarray"))
+    names = [path.parent.name for path in headers]
+    arrays = dict(zip(names, each(_read_array, headers, home), strict=True))
     stored: dict[str, Entry] = {}
     known = set()
     repeated = []

@@ -21,7 +21,9 @@ import numpy as np
 from dsjax.checkpoint.conversion import Job
 from dsjax.checkpoint.manifest import Digest
 from dsjax.checkpoint.streams import slabs
+from dsjax.checkpoint.to_objects import ObjectComparer, ObjectWriter
 from dsjax.errors import UserError
+from dsjax.places import REQUESTS, ObjectPath
 
 THREADS = min(16, max(2, os.cpu_count() or 1))
 """As many as cores: the kernel reads ahead and writes behind. More than that were slower."""
@@ -83,7 +85,7 @@ class _Comparer:
 
 def write_job(job: Job, folder: Path, stop: Event, advance: Advance) -> dict[str, Digest]:
     """Write a job's files, flushed to the disk, and return their digests."""
-    return _stream(job, folder, stop, advance, _Writer)
+    return _stream(job, folder, stop, advance, _writer)
 
 
 def compare_job(job: Job, folder: Path, stop: Event, advance: Advance) -> None:
@@ -92,7 +94,15 @@ def compare_job(job: Job, folder: Path, stop: Event, advance: Advance) -> None:
     Raises:
         UserError: they differ.
     """
-    _stream(job, folder, stop, advance, _Comparer)
+    _stream(job, folder, stop, advance, _comparer)
+
+
+def _writer(path: Path) -> _Writer | ObjectWriter:
+    return ObjectWriter(path) if isinstance(path, ObjectPath) else _Writer(path)
+
+
+def _comparer(path: Path) -> _Comparer | ObjectComparer:
+    return ObjectComparer(path) if isinstance(path, ObjectPath) else _Comparer(path)
 
 
 def _stream(
@@ -100,7 +110,7 @@ def _stream(
     folder: Path,
     stop: Event,
     advance: Advance,
-    kind: Callable[[Path], _Writer | _Comparer],
+    kind: Callable[[Path], _Writer | _Comparer | ObjectWriter | ObjectComparer],
 ) -> dict[str, Digest]:
     with ExitStack() as stack:
         files = [kind(folder / output.path) for output in job.outputs]
@@ -118,10 +128,19 @@ def _stream(
         return {output.path: file.finish() for output, file in zip(job.outputs, files, strict=True)}
 
 
-def in_threads(tasks: Iterable[Callable[[Event], None]]) -> None:
-    """Run tasks, each of which ends early when the event is set; the first failure ends all."""
+def threads_for(*places: Path) -> int:
+    """How many threads read and write there: of an object store, one waits while others work."""
+    remote = any(isinstance(place, ObjectPath) for place in places)
+    return max(THREADS, REQUESTS) if remote else THREADS
+
+
+def in_threads(tasks: Iterable[Callable[[Event], None]], *places: Path) -> None:
+    """Run tasks, each of which ends early when the event is set; the first failure ends all.
+
+    `places` are where they read and write, for there to be enough of them.
+    """
     stop = Event()
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="convert") as pool:
+    with ThreadPoolExecutor(threads_for(*places), thread_name_prefix="convert") as pool:
         futures = [pool.submit(task, stop) for task in tasks]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from dsjax.config import SourceConfig
 from dsjax.errors import UserError, one_line
+from dsjax.places import local_path
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -91,7 +92,7 @@ def open_documents(source: SourceConfig) -> Documents:
 
 def find_files(pattern: str) -> list[File]:
     """The files that match a glob (`**` crosses folders), sorted by name below its fixed part."""
-    pattern = os.path.expanduser(pattern)
+    pattern = str(local_path(os.path.expanduser(pattern), "training data"))
     if os.path.isdir(pattern):
         raise UserError(f"{pattern}: is a folder; expected a glob such as {pattern}/**/*.txt")
     fixed: list[str] = []

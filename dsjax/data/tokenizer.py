@@ -15,8 +15,13 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from dsjax.data import tiktoken
+from dsjax.data.byte_level import BYTE_OF
 from dsjax.errors import UserError, one_line
+from dsjax.places import as_path
 from dsjax.small_files import read_json, read_small
+
+FILE = "tokenizer.json"
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -35,14 +40,6 @@ _CODE = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
-
-# A byte-level vocabulary spells each byte as one visible character (GPT-2): those that are visible
-# in Latin-1 stand for themselves, the others are moved behind U+0100 in their order.
-_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_HIDDEN = [byte for byte in range(0x100) if byte not in _VISIBLE]
-_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
-    chr(0x100 + place): byte for place, byte in enumerate(_HIDDEN)
-}
 
 
 class Tokenizer:
@@ -83,7 +80,7 @@ class Tokenizer:
         """
         spelling = self._backend.id_to_token(token) or ""
         try:
-            return bytes(_BYTE_OF[character] for character in spelling)
+            return bytes(BYTE_OF[character] for character in spelling)
         except KeyError:  # an added token that spells characters, not bytes
             return spelling.encode()
 
@@ -188,23 +185,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json, or the one in a folder, or in its `tokenizer/`, as in a run.
+    """Read a tokenizer.json or a tiktoken.model, or the one in a folder, or in its `tokenizer/`.
 
-    A `tokenizer_config.json` beside it names bos and eos; without one, DeepSeek's names are tried.
+    A path that begins with gs:// is one in a bucket. A `tokenizer_config.json` beside it names bos
+    and eos; without one, DeepSeek's names are tried.
     Raises `UserError` when a file is missing or damaged.
     """
-    path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.exists() and (inside := path / "tokenizer" / file.name).is_file():
-        file = inside
-    if not file.is_file():
-        raise UserError(
-            f"{file}: no such file; expected a tokenizer.json or a folder that holds one"
-        )
+    file = _find(as_path(path))
     config = file.with_name("tokenizer_config.json")
     names = _read_names(config) if config.is_file() else {}
     try:
-        backend = tokenizers.Tokenizer.from_buffer(read_small(file))
+        if file.name == tiktoken.FILE:
+            backend = tiktoken.read_tiktoken(file)
+        else:
+            backend = tokenizers.Tokenizer.from_buffer(read_small(file))
     except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing more precise
@@ -213,6 +207,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if name is not None and (not _is_text(name) or backend.token_to_id(name) is None):
             raise UserError(f"{config}: {key} is {name!r}, which {file.name} does not hold")
     return Tokenizer(backend, names.get("bos_token", BOS), names.get("eos_token", EOS))
+
+
+def _find(path: Path) -> Path:
+    """The file at `path`, or in it, or in its folder `tokenizer`."""
+    known = [FILE, tiktoken.FILE]
+    inside = [home / name for home in (path, path / "tokenizer") for name in known]
+    for file in (path, *inside):
+        if file.is_file():
+            return file
+    found = "holds no tokenizer" if path.is_dir() else "no such file"
+    raise UserError(
+        f"{path}: {found}; expected a {' or a '.join(known)}, or a folder that holds one"
+    )
 
 
 def _read_names(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from dsjax.errors import UserError
 from dsjax.inference.request import LARGEST_SEED, Update
+from dsjax.places import local_path
 from dsjax.serving.batch_files import (
     MAX_LINE,
     Line,
@@ -48,6 +49,7 @@ def run_batch(source: Path, output: Path, model: ModelOptions) -> None:
         UserError: a file that cannot be used, or another process at the same output.
         SystemExit: 143 or 130, after SIGTERM or SIGINT; what is answered is kept.
     """
+    source, output = local_path(source, "--input"), local_path(output, "--output")
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     found = survey(source, model.name)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsjax.places import as_path
+
 Verbs = Any
 """What `add_subparsers` returns; argparse keeps its type to itself."""
 Verb = Callable[[Namespace, "ModelOptions"], None]
@@ -47,8 +49,9 @@ class ModelOptions:
         """What the command line says; a verb that lacks an option leaves it as it is here."""
         given = vars(arguments)
         found = {f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}
-        name = found.pop("name", None) or arguments.checkpoint.resolve().name
-        return cls(name=name, **found)
+        checkpoint = as_path(found.pop("checkpoint"))
+        name = found.pop("name", None) or checkpoint.resolve().name
+        return cls(checkpoint=checkpoint, name=name, **found)
 
 
 def add_batch(verbs: Verbs, call: Verb) -> None:

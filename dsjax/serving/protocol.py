@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.errors import UserError, one_line
+from dsjax.places import as_path
 from dsjax.serving.bodies import Probability
 from dsjax.serving.chat_template import ChatTemplate
 from dsjax.small_files import MAX_JSON_BYTES, read_json, read_small
@@ -85,7 +86,7 @@ def load_served(folder: str | Path, name: str, *, vocab_size: int, context: int)
     Raises:
         UserError: a file is missing, damaged or holds what cannot be used; the message names it.
     """
-    home = Path(folder)
+    home = as_path(folder)
     if not (home / "tokenizer.json").is_file() and (home / "tokenizer").is_dir():
         home = home / "tokenizer"
     tokenizer = load_tokenizer(home)

@@ -31,6 +31,7 @@ from dsjax.data.sources import Corpus, open_corpus
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from dsjax.errors import UserError, one_line
 from dsjax.model.layers import tree_shardings
+from dsjax.places import local_path
 from dsjax.training.host_memory import keep_freed_memory
 from dsjax.training.loop import Clock, TrainingLoop
 from dsjax.training.metrics import MetricsLog, read_metrics
@@ -59,7 +60,7 @@ def pretrain(config: RunConfig, console: Console) -> None:
     shardings = tree_shardings(abstract, layout)
     _check_batch(config, layout)
     corpus = open_corpus(config.data)
-    folder = Path(config.run_dir)
+    folder = local_path(config.run_dir, "a run directory")
     tokenizer = _tokenizer(config, corpus, folder, console)
     data = training_iterator(
         corpus,

@@ -12,14 +12,20 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from object_store import ObjectStore
 from released_folders import write_shards
 from safetensors.numpy import save_file
 
+from dsjax import cli, places
 from dsjax.architecture import DeepSeekConfig
+from dsjax.checkpoint import conversion, weights_folder
 from dsjax.checkpoint.families import ROUTER_BIAS, tensors
 from dsjax.config_files import load_model_config
 
 Weights = dict[str, np.ndarray]
+
+Said = tuple[int | str | None, str, str]
+"""A command's exit code, and what it wrote to stdout and stderr."""
 
 SIZES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
@@ -184,3 +190,38 @@ def released_folder(released: dict[str, dict], tmp_path: Path) -> Iterator[Path]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """A bucket that the library takes for the store."""
+    with ObjectStore() as running:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.address)
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        monkeypatch.setattr("random.random", lambda: 0.0)  # how long the library waits to retry
+        places._store.cache_clear()
+        yield running
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small shards, chunks and windows: several of each."""
+    monkeypatch.setattr(conversion, "SHARD_BYTES", 150_000)
+    monkeypatch.setattr(weights_folder, "CHUNK_BYTES", 150_000)
+
+
+@pytest.fixture
+def command(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Said]:
+    """Call the `dsjax` command in this process."""
+
+    def call(*arguments: str) -> Said:
+        monkeypatch.setattr("sys.argv", ["dsjax", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return left.value.code, said.out, said.err
+
+    return call

@@ -179,9 +179,9 @@ TOKENIZER = kinds(
     "single",
     (LOAD, SERVE),
     {
-        "no tokenizer": ("no such file", gone("tokenizer.json")),
-        "a tokenizer that is a folder": ("no such file", is_folder("tokenizer.json")),
-        "a tokenizer that is a pipe": ("no such file", is_fifo("tokenizer.json")),
+        "no tokenizer": ("holds no tokenizer", gone("tokenizer.json")),
+        "a tokenizer that is a folder": ("holds no tokenizer", is_folder("tokenizer.json")),
+        "a tokenizer that is a pipe": ("holds no tokenizer", is_fifo("tokenizer.json")),
         "a tokenizer in no JSON": ("cannot be read as a tokenizer", text("tokenizer.json", "{")),
         "a tokenizer that stopped": ("cannot be read as a tokenizer", cut("tokenizer.json", -100)),
         "a tokenizer that is a list": (

@@ -185,7 +185,7 @@ SHARDS = kinds(
         "an index that knows more": ("says that", weight_map(lambda tree: tree.update(x=SHARD))),
         "an index that knows less": ("does not say so", weight_map(lambda tree: tree.pop(NORM))),
         "an index that names another shard": (
-            "does not say so",
+            "x: cannot be read: No such file",
             weight_map(lambda tree: tree.update({NORM: "x"})),
         ),
         "a path that leads up": (

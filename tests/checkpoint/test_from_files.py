@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from dsjax.architecture import DeepSeekConfig
-from dsjax.checkpoint.families import Tensor, tensors
+from dsjax.checkpoint.families import ROUTER_BIAS, Tensor, tensors
 from dsjax.checkpoint.from_files import load_files
+from dsjax.checkpoint.save import save
 from dsjax.errors import UserError
 from dsjax.model.layers import RouterBias, variable_axes, variables
 from dsjax.model.transformer import Transformer
@@ -66,6 +67,22 @@ def test_bfloat16_weights_are_held_bit_by_bit(
     assert model.dtype == jnp.bfloat16
 
 
+def test_float16_weights_are_held_bit_by_bit_and_computed_in_float32(
+    write_folder: Write, weights: Weights, config: DeepSeekConfig, tmp_path: Path
+) -> None:
+    biases = {t.name for t in tensors(config) if t.kind == ROUTER_BIAS}
+    half = {n: w if n in biases else w.astype(np.float16) for n, w in weights.items()}
+    folder = write_folder(half)
+    model = load_files(folder)
+    assert_holds(model, half, config)
+    assert model.dtype == jnp.float32
+    tokens = jnp.arange(16)[None]
+    wide = load_files(folder, dtype="float32")
+    np.testing.assert_array_equal(model(tokens).logits, wide(tokens).logits)
+    save(model, tmp_path / "saved", "hf")
+    assert_holds(load_files(tmp_path / "saved"), half, config)
+
+
 def test_a_given_dtype_casts_all_but_the_router_biases(
     write_folder: Write, weights: Weights
 ) -> None:
@@ -79,7 +96,7 @@ def test_a_given_dtype_casts_all_but_the_router_biases(
 
 
 def test_a_dtype_that_holds_no_weights_is_refused(write_folder: Write, weights: Weights) -> None:
-    with pytest.raises(UserError, match="dtype=int8: weights are held as float32 or bfloat16"):
+    with pytest.raises(UserError, match="dtype=int8: models compute in float32 or bfloat16"):
         load_files(write_folder(weights), dtype="int8")
 
 
@@ -211,9 +228,11 @@ def test_missing_surplus_and_misshaped_tensors_are_refused(
     assert "1 missing (model.norm.weight); 1 unknown (surplus); 1 misshaped (lm_head" in message
 
 
-def test_float16_weights_are_refused(write_folder: Write, weights: Weights) -> None:
-    weights["model.norm.weight"] = weights["model.norm.weight"].astype(np.float16)
-    assert "is stored as F16; expected F32 or BF16" in refusal(write_folder(weights))
+def test_weights_that_are_no_numbers_of_ours_are_refused(
+    write_folder: Write, weights: Weights
+) -> None:
+    weights["model.norm.weight"] = weights["model.norm.weight"].astype(np.float64)
+    assert "is stored as F64; expected F32 or BF16 or F16" in refusal(write_folder(weights))
 
 
 def test_a_stack_stored_in_two_dtypes_needs_one_chosen(
