@@ -99,8 +99,8 @@ def _quantize(x: Float[Array, "..."], axes: tuple[int, ...], power_of_two: bool)
 def _round(x: Float32[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     """x in `dtype`, rounded whatever follows.
 
-    XLA may leave out a cast that another one undoes, and multiplies bfloat16 in float32 on a CPU:
-    the product would be of numbers that are not in `dtype`.
+    By default XLA may leave out a cast that a later one undoes (`xla_allow_excess_precision`), and
+    a product would then be of numbers that are not in `dtype`. It does not touch this rounding.
     """
     kind = jnp.finfo(dtype)
     return lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)

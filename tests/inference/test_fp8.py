@@ -17,6 +17,8 @@ from tests.checkpoint.released_folders import BLOCKS, write_released
 
 from .conftest import CONTEXT, Finished, run, whole_logits
 
+pytestmark = pytest.mark.slow
+
 # An expert layer and an MTP layer: more would add to the compiler's work only.
 CONFIG = BLOCKS.model_copy(update={"num_hidden_layers": 1, "first_k_dense_replace": 0})
 PROMPTS = [[5, 9, 2], [3] * 5 + [40, 41, 42]]

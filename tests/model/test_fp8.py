@@ -133,7 +133,7 @@ def test_a_decoder_keeps_fp8_but_for_what_is_cut_by_head(held: Transformer) -> N
 
 
 def test_decoding_is_bitwise_that_of_the_widened_model(
-    both: list[Transformer], tokens: np.ndarray
+    folder: Path, held: Transformer, tokens: np.ndarray
 ) -> None:
     @jax.jit
     def extend(decoder: Decoder, pages: Any, begin: int, part: np.ndarray) -> Any:
@@ -149,7 +149,7 @@ def test_decoding_is_bitwise_that_of_the_widened_model(
         return decoder.logits(hidden[:, -1]), pages
 
     found = []
-    for model in both:
+    for model in (held, load_files(folder, "bfloat16")):
         decoder = take_apart(model)
         pages = make_pages(BLOCKS, 1, 2 * ROWS, 16, model.dtype, mtp=False)
         first, pages = extend(decoder, pages, 0, tokens[:, :12])
