@@ -172,6 +172,12 @@ def _add_convert(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument(
         "--dry-run", action="store_true", help="say what would be done, from headers; write nothing"
     )
+    verb.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read PyTorch's .bin, .pt and .pth files too, by its weights-only loader (needs "
+        "torch); a pickle is a program: only from those whom you trust",
+    )
     verb.set_defaults(verb=_convert)
 
 

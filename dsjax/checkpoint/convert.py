@@ -64,6 +64,7 @@ def convert(
     dtype: str | None = None,
     verify: bool = False,
     dry_run: bool = False,
+    allow_pickle: bool = False,
 ) -> None:
     """Convert the model in `source`, and say at the end what was written.
 
@@ -74,6 +75,7 @@ def convert(
         dtype: float32, bfloat16 or fp8; None keeps what is stored.
         verify: read everything again at the end, and compare it with the source.
         dry_run: only say what would be done, from headers.
+        allow_pickle: read weights that PyTorch pickled, by its weights-only loader.
 
     Raises:
         UserError: the source cannot be converted, or the destination not be written.
@@ -84,7 +86,7 @@ def convert(
         raise UserError(f"--to {to}: expected one of {', '.join(FORMATS)}")
     source, destination = as_path(source), as_path(destination)
     _check_place(source, destination)
-    opened = open_source(source)
+    opened = open_source(source, allow_pickle=allow_pickle)
     to = to or (DSJAX if opened.kind == HUGGING_FACE else HF)
     plan = make_plan(opened, to, dtype)
     if dry_run:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +20,8 @@ import numpy as np
 from dsjax.errors import UserError
 from dsjax.places import ObjectPath, ObjectStoreError, each
 from dsjax.small_files import MAX_JSON_BYTES, open_file, parse_json, read_json
+
+Tensor = TypeVar("Tensor")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -110,7 +113,7 @@ def read_folder(folder: Path) -> dict[str, Entry]:
         return read_header(single)
     if not index.is_file():
         raise UserError(f"{folder}: no weights; expected {SINGLE} or {INDEX} with its shards")
-    return _read_shards(folder, _read_index(index))
+    return read_shards(folder, INDEX, read_header)
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -245,21 +248,28 @@ def _is_plain(name: Any) -> bool:
     )
 
 
-def _read_shards(folder: Path, shards: dict[str, set[str]]) -> dict[str, Entry]:
-    """Headers of all shards, which must list the very tensors that the index puts there."""
-    entries: dict[str, Entry] = {}
+def read_shards(
+    folder: Path, index: str, read: Callable[[Path], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What `read` makes of all shards, which must hold the very tensors that `index` puts there.
+
+    Raises:
+        UserError: they do not; or a shard's name leads out of the folder.
+    """
+    shards = _read_index(folder / index)
+    entries: dict[str, Tensor] = {}
     names = sorted(shards)
-    headers = each(read_header, [folder / shard for shard in names], folder)
+    headers = each(read, [folder / shard for shard in names], folder)
     for shard, header in zip(names, headers, strict=True):
         promised = shards[shard]
         if absent := sorted(promised - header.keys()):
             raise UserError(
-                f"{folder / INDEX}: says that {shard} holds {absent[0]}, but it does not "
+                f"{folder / index}: says that {shard} holds {absent[0]}, but it does not "
                 f"({len(absent)} such tensors)"
             )
         if unlisted := sorted(header.keys() - promised):
             raise UserError(
-                f"{folder / shard}: holds {unlisted[0]}, but {INDEX} does not say so "
+                f"{folder / shard}: holds {unlisted[0]}, but {index} does not say so "
                 f"({len(unlisted)} such tensors)"
             )
         entries |= header

@@ -12,7 +12,8 @@ import numpy as np
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import Tensor, match, without_absent_mtp
 from dsjax.checkpoint.hf_config import read_config
-from dsjax.checkpoint.safetensors import read_folder
+from dsjax.checkpoint.pickled import PICKLED_INDEX, find_pickled, read_pickled, refuse_pickled
+from dsjax.checkpoint.safetensors import INDEX, read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
 from dsjax.errors import UserError
@@ -24,7 +25,7 @@ HUGGING_FACE = "a Hugging Face folder"
 GGUF = "a GGUF file"
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-_NOT_CARRIED = {"manifest.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+_NOT_CARRIED = {"manifest.json", INDEX, PICKLED_INDEX}
 
 
 class Stored(Protocol):
@@ -116,11 +117,11 @@ def read_folder_config(folder: Path) -> ModelConfig:
     return load_model_config(folder / CONFIG) if kind == DSJAX else read_config(folder)
 
 
-def open_source(folder: Path, *, check: bool = True) -> Source:
+def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False) -> Source:
     """Read the headers of a model's files, and account for every tensor.
 
     Of a run also every byte is checked, unless `check` is False: its digests are what tells a
-    sound step from a damaged one.
+    sound step from a damaged one. Pickles are read only if `allow_pickle`.
 
     Raises:
         UserError: a file is damaged, or the tensors are not those of the configuration.
@@ -134,8 +135,14 @@ def open_source(folder: Path, *, check: bool = True) -> Source:
         from dsjax.checkpoint.run_weights import read_run
 
         stored = read_run(folder, promised, check=check)
+    elif kind == DSJAX:
+        stored = read_weights(folder, promised)
+    elif (pickled := find_pickled(folder)) is not None:
+        if not allow_pickle:
+            refuse_pickled(folder, pickled)
+        stored = read_pickled(folder, pickled)
     else:
-        stored = read_weights(folder, promised) if kind == DSJAX else read_folder(folder)
+        stored = read_folder(folder)
     config = without_absent_mtp(promised, stored)
     parts = match(config, stored, folder)
     if kind == DSJAX:

@@ -233,7 +233,7 @@ SHARDS = kinds(
             lambda folder: [file.unlink() for file in folder.glob("model*")],
         ),
         "weights of PyTorch": (
-            "no weights",
+            "its weights are pickles (pytorch_model.bin)",
             lambda folder: [
                 file.rename(folder / "pytorch_model.bin") for file in folder.glob("model*")
             ],
