@@ -56,13 +56,16 @@ class Forks:
         """The exit code, or None if it is still at work then."""
         assert self._parent.stdout
         ready, _, _ = select.select([self._parent.stdout], [], [], seconds)
-        return self._read() if ready else None
+        if not ready:
+            return None
+        self._child = None
+        return self._read()
 
     def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
-        assert self._child is not None
-        os.kill(self._child, signal.SIGKILL)
-        self._read()
+        """SIGKILL, and wait for the end, unless it has ended."""
+        if self._child is not None:
+            os.kill(self._child, signal.SIGKILL)
+            self.wait(60)
 
     def _read(self) -> int:
         assert self._parent.stdout

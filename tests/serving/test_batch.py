@@ -15,6 +15,7 @@ from dsjax.serving import batch_files, opening
 from dsjax.serving.batch import QUEUE, Batch, run_batch
 from dsjax.serving.batch_files import open_records, read_lines, survey
 from dsjax.serving.options import ModelOptions
+from tests.forked import Forks, forks
 from tests.serving.checkpoints import ENVIRONMENT, NAME, command, write_checkpoint
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -266,19 +267,13 @@ def test_an_input_that_grows_meanwhile_is_not_called_done(tmp_path, options, mon
 # ---------------------------------------------------------------------------------------------
 
 
-def start(source: Path, output: Path, options: ModelOptions) -> subprocess.Popen[str]:
-    arguments = ("--input", source, "--output", output, "--rows", ROWS, "--context", 128)
-    return subprocess.Popen(
-        command("batch", options.checkpoint, *arguments),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
+def arguments(source: Path, output: Path, options: ModelOptions) -> tuple[object, ...]:
+    files = (options.checkpoint, "--input", source, "--output", output)
+    return ("batch", *files, "--rows", ROWS, "--context", 128)
 
 
-def wait_for_growth(process: subprocess.Popen[str], partial: Path) -> None:
-    """Until the process has written a record."""
-    before = partial.stat().st_size if partial.exists() else 0
-    while process.poll() is None and not (partial.exists() and partial.stat().st_size > before):
-        time.sleep(0.005)
+def grown(partial: Path, before: int) -> bool:
+    return partial.exists() and partial.stat().st_size > before
 
 
 @pytest.mark.slow
@@ -289,25 +284,17 @@ def test_a_batch_killed_ten_times_equals_the_unbroken_one(tmp_path, options):
     run_batch(source, tmp_path / "whole.jsonl", options)
 
     output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    process = start(source, output, options)
-    wait_for_growth(process, partial)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    mine = arguments(source, output, options)
+    with subprocess.Popen(
+        command(*mine), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    ) as process:
+        while process.poll() is None and not grown(partial, 0):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "the same command goes on" in said
-    rng = random.Random(0)
-    for kill in range(10):
-        output.unlink(missing_ok=True)  # it got through: begin again, so that kills meet a batch
-        process = start(source, output, options)
-        if kill % 4:
-            wait_for_growth(process, partial)
-            time.sleep(rng.uniform(0, 0.1))
-        else:  # while it starts
-            time.sleep(rng.uniform(0, 2))
-        process.kill()
-        process.communicate()
-    process = start(source, output, options)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    with forks(tmp_path / "said.txt", ENVIRONMENT) as processes:
+        kill_ten_times(processes, mine, output, partial)
 
     def comparable(path: Path) -> dict[str, tuple]:
         found = records(path)
@@ -323,3 +310,21 @@ def test_a_batch_killed_ten_times_equals_the_unbroken_one(tmp_path, options):
         return answers
 
     assert comparable(output) == comparable(tmp_path / "whole.jsonl")
+
+
+def kill_ten_times(processes: Forks, mine: tuple, output: Path, partial: Path) -> None:
+    """The batch, killed while it starts and soon after it has written a record; then to its end."""
+    rng = random.Random(0)
+    for kill in range(10):
+        output.unlink(missing_ok=True)  # it got through: begin again, so that kills meet a batch
+        before = partial.stat().st_size if partial.exists() else 0
+        processes.start("serve", *mine)
+        if kill % 4:
+            while not grown(partial, before) and processes.wait(0.005) is None:
+                pass
+            processes.wait(rng.uniform(0, 0.1))
+        else:  # while it starts
+            processes.wait(rng.uniform(0, 2))
+        processes.kill()
+    processes.start("serve", *mine)
+    assert processes.wait(120) == 0, processes.output.read_text()
