@@ -106,13 +106,23 @@ def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
         help="first read every file of a folder, and check it against the manifest.json that "
         "dsjax wrote there",
     )
+    _add_allow_pickle(verb)
     verb.set_defaults(verb=_inspect)
 
 
-def _inspect(source: Path, json: bool, verify: bool) -> None:
+def _add_allow_pickle(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read PyTorch's .bin, .pt and .pth too, a format that can carry code, by torch's "
+        "weights-only loader, which runs none",
+    )
+
+
+def _inspect(source: Path, json: bool, verify: bool, allow_pickle: bool) -> None:
     from dsjax.checkpoint.inspect import inspect
 
-    inspect(str(source), as_json=json, verify=verify)
+    inspect(str(source), as_json=json, verify=verify, allow_pickle=allow_pickle)
 
 
 CONVERT = """\
@@ -135,6 +145,7 @@ examples:
                                                     a Hugging Face folder in bfloat16
   dsjax convert runs/demo demo-hf                   a run, for other libraries
   dsjax convert model.gguf folder                   to a Hugging Face folder, in float32
+  dsjax convert old folder --to hf --allow-pickle   pytorch_model.bin to safetensors
   dsjax convert gs://bucket/DeepSeek-R1 gs://bucket/r1
                                                     between buckets, or a bucket and a disk
   dsjax inspect --verify r1                         later: is every byte still there?
@@ -172,12 +183,7 @@ def _add_convert(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument(
         "--dry-run", action="store_true", help="say what would be done, from headers; write nothing"
     )
-    verb.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="read PyTorch's .bin, .pt and .pth files too, by its weights-only loader (needs "
-        "torch); a pickle is a program: only from those whom you trust",
-    )
+    _add_allow_pickle(verb)
     verb.set_defaults(verb=_convert)
 
 

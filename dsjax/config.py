@@ -120,7 +120,8 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = Field(min_length=1)
     tokenizer: str | None = None
-    """A tokenizer.json or a folder that holds one; None trains a byte-level BPE on the sources."""
+    """A tokenizer.json, Kimi's tiktoken.model or a folder that holds one; None trains a byte-level
+    BPE on the sources."""
     tokenizer_train_bytes: Count = 20_000_000
     sequence_length: int = Field(gt=1)
     shuffle_window: int = Field(1024, gt=0)

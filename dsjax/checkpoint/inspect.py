@@ -28,14 +28,16 @@ from dsjax.errors import UserError
 from dsjax.places import ObjectPath, as_path
 
 
-def inspect(source: str, *, as_json: bool, verify: bool = False) -> None:
+def inspect(
+    source: str, *, as_json: bool, verify: bool = False, allow_pickle: bool = False
+) -> None:
     """Print `report(source)`: as tables, or as one JSON object; with `verify`, check files first.
 
     Raises:
         UserError: as `report`; or a file is not what the folder's manifest says, or it has none.
     """
     checked = _check_files(as_path(source)) if verify else None
-    found = report(source)
+    found = report(source, allow_pickle=allow_pickle)
     if checked:
         found["verified"] = checked
     if as_json:
@@ -44,7 +46,7 @@ def inspect(source: str, *, as_json: bool, verify: bool = False) -> None:
         _show(found)
 
 
-def report(source: str) -> dict[str, Any]:
+def report(source: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Family, config, parameter counts and bytes of a model; of a folder also what is stored.
 
     Counts of `parameters`, all in numbers:
@@ -61,6 +63,7 @@ def report(source: str) -> dict[str, Any]:
     Args:
         source: a Hugging Face folder, dsjax weights, a run, a GGUF file, a config.json, a YAML
             file, or a name under `configs/`. Folders and files may be in a bucket: gs://...
+        allow_pickle: look into PyTorch's own files too, running no code in them.
 
     Raises:
         UserError: it cannot be read, or the folder's tensors are not those of its config.
@@ -68,7 +71,7 @@ def report(source: str) -> dict[str, Any]:
     path = as_path(source)
     absent = isinstance(path, ObjectPath) and not path.exists()
     if absent or path.is_dir() or path.suffix == ".gguf":
-        opened = open_source(path, check=False)
+        opened = open_source(path, check=False, allow_pickle=allow_pickle)
         promised, config = opened.promised, opened.config
         parts, stored = opened.parts, opened.stored
     else:

@@ -12,7 +12,7 @@ import numpy as np
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import Tensor, match, without_absent_mtp
 from dsjax.checkpoint.hf_config import read_config
-from dsjax.checkpoint.pickled import PICKLED_INDEX, find_pickled, read_pickled, refuse_pickled
+from dsjax.checkpoint.pickled import PICKLE_INDEX, find_pickles, read_pickles, refuse_pickles
 from dsjax.checkpoint.safetensors import INDEX, read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
@@ -25,7 +25,7 @@ HUGGING_FACE = "a Hugging Face folder"
 GGUF = "a GGUF file"
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-_NOT_CARRIED = {"manifest.json", INDEX, PICKLED_INDEX}
+_NOT_CARRIED = {"manifest.json", INDEX, PICKLE_INDEX}
 
 
 class Stored(Protocol):
@@ -137,10 +137,10 @@ def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False)
         stored = read_run(folder, promised, check=check)
     elif kind == DSJAX:
         stored = read_weights(folder, promised)
-    elif (pickled := find_pickled(folder)) is not None:
+    elif (pickles := find_pickles(folder)) is not None:
         if not allow_pickle:
-            refuse_pickled(folder, pickled)
-        stored = read_pickled(folder, pickled)
+            raise refuse_pickles(pickles)
+        stored = read_pickles(pickles, promised)
     else:
         stored = read_folder(folder)
     config = without_absent_mtp(promised, stored)

@@ -13,8 +13,3 @@ BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {
     chr(0x100 + place): byte for place, byte in enumerate(_HIDDEN)
 }
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
-
-
-def spell(data: bytes) -> str:
-    """A token's bytes as the vocabulary writes them."""
-    return "".join(CHARACTER_OF[byte] for byte in data)

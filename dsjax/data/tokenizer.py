@@ -15,13 +15,11 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from dsjax.data import tiktoken
 from dsjax.data.byte_level import BYTE_OF
+from dsjax.data.tiktoken import TIKTOKEN, read_tiktoken
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
 from dsjax.small_files import read_json, read_small
-
-FILE = "tokenizer.json"
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -185,33 +183,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json or a tiktoken.model, or the one in a folder, or in its `tokenizer/`.
+    """Read a tokenizer.json, or Kimi's tiktoken.model, or the one that `find_tokenizer` finds.
 
-    A path that begins with gs:// is one in a bucket. A `tokenizer_config.json` beside it names bos
-    and eos; without one, DeepSeek's names are tried.
-    Raises `UserError` when a file is missing or damaged.
+    A `tokenizer_config.json` beside it names bos and eos; without one, DeepSeek's names are tried.
+    No code that lies beside it is run.
+
+    Raises:
+        UserError: a file is missing or damaged.
     """
-    file = _find(as_path(path))
+    file = find_tokenizer(path)
     config = file.with_name("tokenizer_config.json")
     names = _read_names(config) if config.is_file() else {}
-    try:
-        if file.name == tiktoken.FILE:
-            backend = tiktoken.read_tiktoken(file)
-        else:
-            backend = tokenizers.Tokenizer.from_buffer(read_small(file))
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise UserError(f"{file}: cannot be read as a tokenizer: {one_line(error)}") from None
+    backend = read_tiktoken(file) if file.name == TIKTOKEN else _read_backend(file)
     for key, name in names.items():
         if name is not None and (not _is_text(name) or backend.token_to_id(name) is None):
             raise UserError(f"{config}: {key} is {name!r}, which {file.name} does not hold")
     return Tokenizer(backend, names.get("bos_token", BOS), names.get("eos_token", EOS))
 
 
-def _find(path: Path) -> Path:
-    """The file at `path`, or in it, or in its folder `tokenizer`."""
-    known = [FILE, tiktoken.FILE]
+def find_tokenizer(path: str | Path) -> Path:
+    """The file itself, or the one in a folder or in its `tokenizer/`, as in a run.
+
+    Of a folder's two, tokenizer.json is taken before tiktoken.model. A path that begins with gs://
+    is one in a bucket.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = as_path(path)
+    known = ("tokenizer.json", TIKTOKEN)
     inside = [home / name for home in (path, path / "tokenizer") for name in known]
     for file in (path, *inside):
         if file.is_file():
@@ -220,6 +220,14 @@ def _find(path: Path) -> Path:
     raise UserError(
         f"{path}: {found}; expected a {' or a '.join(known)}, or a folder that holds one"
     )
+
+
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    data = read_small(file)
+    try:
+        return tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise UserError(f"{file}: cannot be read as a tokenizer: {one_line(error)}") from None
 
 
 def _read_names(path: Path) -> dict[str, Any]:

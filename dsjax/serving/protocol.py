@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+from dsjax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from dsjax.errors import UserError, one_line
-from dsjax.places import as_path
 from dsjax.serving.bodies import Probability
 from dsjax.serving.chat_template import ChatTemplate
 from dsjax.small_files import MAX_JSON_BYTES, read_json, read_small
@@ -86,9 +85,7 @@ def load_served(folder: str | Path, name: str, *, vocab_size: int, context: int)
     Raises:
         UserError: a file is missing, damaged or holds what cannot be used; the message names it.
     """
-    home = as_path(folder)
-    if not (home / "tokenizer.json").is_file() and (home / "tokenizer").is_dir():
-        home = home / "tokenizer"
+    home = find_tokenizer(folder).parent
     tokenizer = load_tokenizer(home)
     if not tokenizer.byte_level:
         raise UserError(f"{home}: the tokenizer is not byte-level, and only such can be served")

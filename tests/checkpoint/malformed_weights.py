@@ -233,7 +233,7 @@ SHARDS = kinds(
             lambda folder: [file.unlink() for file in folder.glob("model*")],
         ),
         "weights of PyTorch": (
-            "its weights are pickles (pytorch_model.bin)",
+            "a format that can carry code",
             lambda folder: [
                 file.rename(folder / "pytorch_model.bin") for file in folder.glob("model*")
             ],

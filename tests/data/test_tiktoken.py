@@ -1,141 +1,240 @@
-"""Kimi's tokenizer against the library that its file is made for."""
+"""Kimi's tiktoken file against the tiktoken library, and what is wrong with a file."""
 
 import base64
-import json
 import random
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiktoken
+from tiktoken.load import load_tiktoken_bpe
 
-from dsjax.data.byte_level import BYTE_OF
-from dsjax.data.tiktoken import FILE, PATTERN, SPECIAL_TOKENS
-from dsjax.data.tokenizer import load_tokenizer, train_tokenizer
+from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.errors import UserError
 
-NAMED = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 9: "<think>"}
+from .kimi import CHINESE, NAMES, NOT_SPECIAL, OTHER, lines, pieces
+from .kimi import write_kimi as write
 
-TEXTS = [
-    "Hello, world! It's what they'd SAY: don't, WON'T; naïve café, Ελληνικά, עברית, русский язык.",
-    "def f(self, x):\n    return self.x[0] + 123456.7  # tab:\t\n\n\n  if x:\r\n\t\treturn None\n",
-    "你好世界！这是一段用于测试的中文文本。混合 English 与 日本語のテキスト、한국어 텍스트 12345",
-    "🎉👩‍👩‍👧‍👦 ½ ①② ... !!!???   \u00a0\u3000  <|im_end|> [BOS] <think> x\u0301y\u0308",
-    "camelCaseWords HTTPServer getURLForID iPhone aBc ABCdef",
-    "a" * 300 + " " * 300 + "\n" * 50 + "ab" * 100,
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A vocabulary of some 2,000 tokens, learned from the texts, in Kimi's two files."""
-    folder = tmp_path_factory.mktemp("kimi")
-    trained = train_tokenizer(TEXTS * 3 + [Path(__file__).read_text()] * 3, 2200)
-    special = set(trained.added_tokens.values())
-    ids = [number for number in range(trained.vocab_size) if number not in special]
-    tokens = [trained.token_bytes(number) for number in ids]
-    write(folder, [b for b in tokens if len(b) == 1] + [b for b in tokens if len(b) > 1])
-    return folder
+# As in the code that Kimi-K2 was released with.
+RELEASED_PATTERN = (
+    r"[\p{Han}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def write(folder: Path, tokens: list[bytes]) -> None:
-    lines = [base64.b64encode(t) + b" %d\n" % rank for rank, t in enumerate(tokens)]
-    (folder / FILE).write_bytes(b"".join(lines))
-    added = {
-        str(len(tokens) + place): {"content": name, "special": name != "<think>"}
-        for place, name in NAMED.items()
-    }
-    config = {"bos_token": "[BOS]", "eos_token": "[EOS]", "added_tokens_decoder": added}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-@pytest.fixture(scope="module")
 def reference(folder: Path) -> tiktoken.Encoding:
-    lines = [line.split() for line in (folder / FILE).read_bytes().splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    ranks = load_tiktoken_bpe(str(folder / "tiktoken.model"))
+    added = {n + len(ranks): name for n, name in (NAMES | NOT_SPECIAL).items()}
+    ids = range(len(ranks), len(ranks) + 256)
+    special = {added.get(i, f"<|reserved_token_{i}|>"): i for i in ids}
     return tiktoken.Encoding(
-        "kimi", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<unused>": len(ranks)}
+        "kimi", pat_str=RELEASED_PATTERN, mergeable_ranks=ranks, special_tokens=special
     )
 
 
-def drawn_texts(count: int) -> list[str]:
-    """Characters of all kinds, and pieces of the texts, in any order."""
-    rng = random.Random(0)
-    scripts = [(0x20, 0x7F), (0, 0x250), (0x370, 0x600), (0x4E00, 0x9FFF), (0x3000, 0x3100)]
-    scripts += [(0x1F300, 0x1F700), (0x2000, 0x2100), (0xAC00, 0xD7A0), (0x10000, 0x11000)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("kimi"), pieces())
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+def code() -> list[str]:
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("[bc]*.py"))
+    return [file.read_text("utf-8") for file in files]
+
+
+def random_characters() -> list[str]:
+    """Of all planes, of the first ones, and of what the pattern speaks of."""
+    rng = random.Random(1)
+    alphabets: list[Callable[[], int]] = [
+        lambda: rng.randrange(0x110000),
+        lambda: rng.randrange(0x3100),
+        lambda: rng.randrange(0x3400, 0xA000),
+        lambda: ord(rng.choice(" \t\r\n\u3000\x85aA'sSſtTrRlL1²٣é\u0301ǅʰー々〇人之_-.!🚀\u200d")),
+    ]
     texts = []
-    for _ in range(count):
-        parts = []
-        for _ in range(rng.randrange(1, 12)):
-            begin, end = rng.choice(scripts)
-            parts.append("".join(chr(rng.randrange(begin, end)) for _ in range(rng.randrange(8))))
-            text = rng.choice(TEXTS)
-            start = rng.randrange(len(text))
-            parts.append(text[start : start + rng.randrange(20)])
-            parts.append(rng.choice([" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", ""]))
-        texts.append("".join(parts))
+    for _ in range(4000):
+        alphabet = rng.choice(alphabets)
+        numbers = [alphabet() for _ in range(rng.randrange(40))]
+        texts.append("".join(chr(n) for n in numbers if not 0xD800 <= n < 0xE000))
     return texts
 
 
-def test_texts_have_the_ids_that_tiktoken_gives_them(folder, reference):
-    tokenizer = load_tokenizer(folder)
-    for text in [*TEXTS, *drawn_texts(3000)]:
-        expected = reference.encode(text, disallowed_special=())
-        named = tokenizer.encode(text)
-        if "<think>" not in text:  # no special token, but one that text may spell
-            assert named == expected, text
-        assert tokenizer.decode(named) == text
+def random_bytes() -> list[str]:
+    rng = random.Random(2)
+    return [rng.randbytes(rng.randrange(200)).decode("utf-8", "replace") for _ in range(1000)]
 
 
-def test_special_tokens_have_their_names_and_the_others_numbers(folder, reference):
-    tokenizer = load_tokenizer(folder)
-    begin = reference.n_vocab - 1
-    assert tokenizer.vocab_size == begin + SPECIAL_TOKENS
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (begin, begin + 1)
-    added = tokenizer.added_tokens
-    assert {added[name] - begin: name for name in NAMED.values()} == NAMED
-    assert added[f"<|reserved_token_{begin + 255}|>"] == begin + 255
-    assert begin + 9 not in tokenizer.special_ids and begin + 2 in tokenizer.special_ids
-    assert tokenizer.byte_level
-    assert all(tokenizer.token_bytes(i) == reference.decode_single_token_bytes(i) for i in (0, 999))
+def mixtures() -> list[str]:
+    rng = random.Random(3)
+    words = [*CHINESE, *OTHER.split(" "), " ", "  ", "\n", "\r\n", "    "]
+    return ["".join(rng.choices(words, k=rng.randrange(60))) for _ in range(2000)]
 
 
-def test_it_is_saved_as_a_tokenizer_json(folder, tmp_path):
-    tokenizer = load_tokenizer(folder / FILE)
-    tokenizer.save(tmp_path)
-    assert load_tokenizer(tmp_path).digest == tokenizer.digest
+@pytest.mark.parametrize("texts", [code, random_characters, random_bytes, mixtures])
+def test_text_becomes_the_ids_that_tiktoken_gives(
+    folder: Path, ours: Tokenizer, texts: Callable[[], list[str]]
+) -> None:
+    theirs = reference(folder)
+    for text in texts():
+        ids = ours.encode(text)
+        assert ids == theirs.encode_ordinary(text), repr(text)
+        assert ours.decode(ids) == text
+        assert b"".join(map(ours.token_bytes, ids)) == text.encode()
 
 
-BYTES = [bytes([byte]) for byte in BYTE_OF.values()]
+def test_ranks_that_no_training_would_give_are_joined_as_tiktoken_does(tmp_path: Path) -> None:
+    """Pieces of two letters in any order, many of which are made of pieces in several ways."""
+    rng = random.Random(4)
+    for number in range(30):
+        longer = {"".join(rng.choices("ab", k=rng.randrange(2, 7))).encode() for _ in range(25)}
+        ranks = [bytes([byte]) for byte in range(256)] + sorted(longer)
+        rng.shuffle(ranks)
+        folder = write(tmp_path / str(number), ranks)
+        mine, theirs = load_tokenizer(folder), reference(folder)
+        for _ in range(200):
+            text = "".join(rng.choices("ab", k=rng.randrange(1, 30)))
+            assert mine.encode(text) == theirs.encode_ordinary(text), (text, ranks)
+
+
+def test_any_ids_are_decoded_as_tiktoken_does(folder: Path, ours: Tokenizer) -> None:
+    theirs, rng = reference(folder), random.Random(5)
+    for _ in range(500):
+        ids = rng.choices(range(ours.vocab_size), k=20)
+        assert b"".join(map(ours.token_bytes, ids)) == theirs.decode_bytes(ids)
+
+
+def test_the_256_ids_after_the_pieces_have_their_names(ours: Tokenizer) -> None:
+    first = len(pieces())
+    assert ours.vocab_size == first + 256
+    assert (ours.bos_id, ours.eos_id) == (first, first + 1)
+    named = {name: first + n for n, name in (NAMES | NOT_SPECIAL).items()}
+    assert named.items() <= ours.added_tokens.items()
+    assert ours.added_tokens[f"<|reserved_token_{first + 200}|>"] == first + 200
+    assert f"<|reserved_token_{first}|>" not in ours.added_tokens
+    assert len(ours.added_tokens) == 256
+    others = set(range(first, first + 256)) - {first + n for n in NOT_SPECIAL}
+    assert ours.special_ids == others
+
+
+def test_a_special_token_that_is_spelled_means_its_characters(
+    folder: Path, ours: Tokenizer
+) -> None:
+    text = "[BOS]<|im_end|>"
+    assert ours.encode(text) == reference(folder).encode_ordinary(text)
+
+
+def test_saved_as_tokenizer_json_it_is_the_same(ours: Tokenizer, tmp_path: Path) -> None:
+    ours.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.digest == ours.digest
+    for text in (CHINESE, OTHER, *mixtures()[:100]):
+        assert again.encode(text) == ours.encode(text)
+
+
+def test_order_and_blank_lines_do_not_matter(ours: Tokenizer, tmp_path: Path) -> None:
+    folder = write(tmp_path, pieces())
+    shuffled = lines(pieces())
+    random.Random(6).shuffle(shuffled)
+    (folder / "tiktoken.model").write_bytes(b"\r\n\r\n".join(shuffled))
+    assert load_tokenizer(folder / "tiktoken.model").digest == ours.digest
+
+
+# ---------------------------------------------------------------------------------------------
+# What is wrong with a file
+# ---------------------------------------------------------------------------------------------
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def spoil(place: int, line: bytes) -> Callable[[list[bytes]], list[bytes]]:
+    return lambda lines: [*lines[: place - 1], line, *lines[place:]]
+
+
+AB = base64.b64encode(b"ab")
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("change", "expected"),
     [
-        (
-            lambda good: [*good[:9], b"no base64", *good[10:]],
-            "line 10 is 'no base64'",
-        ),
-        (lambda good: good[:9] + good[10:], "line 10 .* expected a new token"),
-        (lambda good: [*good, good[0].split()[0] + b" 256"], "line 257"),
-        (lambda good: [*good, b"YWI= 257"], "line 257 is 'YWI= 257'"),
-        (lambda good: good[:-1], f"no token for the byte {BYTES[-1][0]}"),
-        (lambda good: [], "no token for the byte 0"),
-        (lambda good: [b"\xff\x00" * 5000], "line 1 is"),
+        (spoil(7, b"QUI"), "line 7: 'QUI'; expected a piece in base64, a space and a rank"),
+        (spoil(7, b"QUI= six"), "line 7: 'QUI= six'; expected a piece"),
+        (spoil(7, b"QUI= -6"), "line 7: 'QUI= -6'; expected a piece"),
+        (spoil(7, b"QUI=  6"), "line 7: 'QUI= 6'; expected a piece"),  # errors join blanks
+        (spoil(7, b"\xff\xfe 6"), "line 7: not the base64 expected here"),
+        (spoil(7, b"QUI 6"), "line 7: not the base64 expected here: Incorrect padding"),
+        (spoil(7, b"Q*I= 6"), "line 7: not the base64 expected here"),
+        (spoil(7, b" 6"), "line 7: a piece without bytes"),
+        (spoil(7, b"A" * 100_000 + b" 6"), "line 7: 100,002 bytes long; expected at most 2,048"),
+        (spoil(7, AB + b" " + b"6" * 9000), "line 7: 9,005 bytes long"),
+        (spoil(7, AB + b" 5"), "line 7: rank 5, as on line 6; expected every rank from 0 to 256"),
+        (spoil(7, AB + b" 257"), "line 7: rank 257; expected every rank from 0 to 256 once"),
+        (spoil(7, b"AA== 6"), "line 7: the piece of rank 0 once more"),
+        (spoil(7, b"QUI= 6"), "no line has the byte 0x06"),
+        (lambda lines: [], "no line has the byte 0x00"),
     ],
 )
-def test_a_damaged_file_is_refused_in_one_line(tmp_path, lines, said):
+def test_a_damaged_file_is_refused_by_line(
+    tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], expected: str
+) -> None:
     write(tmp_path, BYTES)
-    good = (tmp_path / FILE).read_bytes().splitlines()
-    (tmp_path / FILE).write_bytes(b"\n".join(lines(good)))
-    with pytest.raises(UserError, match=said) as error:
-        load_tokenizer(tmp_path)
-    assert len(str(error.value)) < 600 and str(error.value).isprintable()
+    file = tmp_path / "tiktoken.model"
+    file.write_bytes(b"\n".join(change([*lines(BYTES), AB + b" 256"])))
+    assert f"{file}: {expected}" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["255", "512", "-1", "x", "²", "9" * 5000])
-def test_a_special_token_of_another_id_is_refused(tmp_path, key):
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        (None, "expected added_tokens_decoder"),
+        ({"x": {"content": "[X]"}}, "names the id 'x'; expected ids from 256 to 511"),
+        ({"255": {"content": "[X]"}}, "names the id '255'; expected ids from 256 to 511"),
+        ({"512": {"content": "[X]"}}, "names the id '512'; expected ids from 256 to 511"),
+        ({"9" * 5000: {"content": "[X]"}}, "names the id '9999"),
+        ({"256": "[X]"}, "256: expected an object with content"),
+        ({"256": {"content": ""}}, "256: expected an object with content"),
+        ({"256": {"content": "[X]", "special": 1}}, "256: expected an object with content"),
+        ({"256": {"content": "a"}}, "256 is 'a', which is a piece of text or another token too"),
+        ({"256": {"content": "[X]"}, "300": {"content": "[X]"}}, "300 is '[X]', which is"),
+    ],
+)
+def test_names_that_are_none_are_refused(tmp_path: Path, described: object, expected: str) -> None:
+    write(tmp_path, BYTES, added_tokens_decoder=described)
+    assert f"{tmp_path / 'tokenizer_config.json'}: " in refusal(tmp_path)
+    assert expected in refusal(tmp_path)
+
+
+def test_a_folder_that_does_not_say_how_it_cuts_text_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, BYTES, tokenizer_class="GPT2Tokenizer")
+    assert "tokenizer_class is 'GPT2Tokenizer'; tiktoken.model is read as Kimi's" in refusal(
+        tmp_path
+    )
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert "tiktoken.model needs it beside it" in refusal(tmp_path)
+
+
+def test_a_name_for_bos_that_no_token_has_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, BYTES, bos_token="[SOS]")
+    assert "bos_token is '[SOS]', which tiktoken.model does not hold" in refusal(tmp_path)
+
+
+def test_tokenizer_json_is_taken_first(tmp_path: Path, ours: Tokenizer) -> None:
     write(tmp_path, BYTES)
-    config = {"added_tokens_decoder": {key: {"content": "[EOS]"}}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="under a number from 256 to 511"):
-        load_tokenizer(tmp_path)
+    ours.save(tmp_path)
+    assert load_tokenizer(tmp_path).digest == ours.digest

@@ -94,7 +94,7 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, config, files, message):
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="holds no tokenizer"):
         load_served(tmp_path, "m", vocab_size=400, context=50)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     tokenizer().save(tmp_path)
