@@ -8,8 +8,9 @@ bfloat16. The rate that counts is bytes read plus bytes written, by the seconds 
 start to its end, everything on the disk. Beside it stands cp, with every file flushed, of as many
 bytes read plus written: the source, and a file of half the difference. Before each the kernel's
 cache is dropped where that is permitted, and the last line says whether it was. Runs take turns;
-medians are compared. Memory is what the kernel says of the process. Prints one table and one JSON
-line.
+medians are compared. Memory is what the kernel says of the process. With --kills, one more
+conversion is killed so many times, at moments drawn over the time that a whole one takes, and must
+end with the same manifest and verify. Prints one table and one JSON line.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -32,6 +34,7 @@ import numpy as np
 from dsjax.architecture import DeepSeekConfig, ModelConfig
 from dsjax.checkpoint.export_config import make_config, with_dtype
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, tensors
+from dsjax.checkpoint.manifest import MANIFEST
 from dsjax.checkpoint.safetensors import DTYPES, INDEX
 from dsjax.config_files import load_model_config
 
@@ -140,10 +143,8 @@ def drop_caches() -> bool:
 
 def convert(source: Path, destination: Path) -> tuple[float, int]:
     """Seconds and peak bytes of the command."""
-    command = [sys.executable, "-m", "dsjax", "convert", str(source), str(destination)]
-    command += ["--to", "hf", "--dtype", "bfloat16"]
     begin, peak = time.perf_counter(), 0
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    with _start(source, destination) as process:
         while process.poll() is None:
             peak = max(peak, _resident(process.pid))
             time.sleep(0.02)
@@ -151,6 +152,29 @@ def convert(source: Path, destination: Path) -> tuple[float, int]:
     if process.returncode:
         raise SystemExit("the conversion failed")
     return seconds, peak
+
+
+def convert_killed(source: Path, destination: Path, kills: int, seconds: float) -> None:
+    """Killed so many times while at work, and then to its end; what is written is verified."""
+    rng = random.Random(0)
+    while kills:
+        with _start(source, destination) as process:
+            try:
+                process.wait(rng.uniform(0, seconds / 5))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills -= 1
+        if destination.exists():  # it got through: begin again, so that kills meet a conversion
+            shutil.rmtree(destination)
+    convert(source, destination)
+    verify = [sys.executable, "-m", "dsjax", "inspect", "--verify", str(destination)]
+    subprocess.run(verify, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def _start(source: Path, destination: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "dsjax", "convert", str(source), str(destination)]
+    command += ["--to", "hf", "--dtype", "bfloat16"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def _resident(pid: int) -> int:
@@ -181,9 +205,12 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=12.0)
     parser.add_argument("--folder", type=Path, default=None, help="where there is room")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=0, help="of one conversion more")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
-        result = measure(Path(place), int(arguments.gigabytes * 1e9), arguments.rounds)
+        result = measure(
+            Path(place), int(arguments.gigabytes * 1e9), arguments.rounds, arguments.kills
+        )
     print(f"{'':12}{'seconds':>10}{'GB read':>10}{'GB written':>12}{'GB/s':>8}{'peak MB':>10}")
     for name in ("convert", "cp"):
         row = result[name]
@@ -192,6 +219,8 @@ def main() -> None:
             f"{name:12}{row['seconds']:10.1f}{row['read'] / 1e9:10.2f}"
             f"{row['written'] / 1e9:12.2f}{row['gb_per_second']:8.2f}{memory}"
         )
+    if result["kills"]:
+        print(f"killed {result['kills']} times and resumed, it wrote the same bytes")
     print(f"convert runs at {result['share_of_cp']:.0%} of cp's rate; {result['caches']}")
     print(json.dumps(result))
 
@@ -199,17 +228,17 @@ def main() -> None:
 _Raw = argparse.RawDescriptionHelpFormatter
 
 
-def measure(place: Path, size: int, rounds: int) -> dict[str, Any]:
+def measure(place: Path, size: int, rounds: int, kills: int) -> dict[str, Any]:
     """Both in turns; each writes a folder that is removed before the next."""
     config = config_of(size)
     read = write_checkpoint(place / "fp8", config)
-    converted, copied, peaks, written, dropped = [], [], [], 0, True
+    converted, copied, peaks, written, manifest, dropped = [], [], [], 0, b"", True
     for _ in range(rounds):
         dropped &= drop_caches()
         seconds, peak = convert(place / "fp8", place / "out")
         converted.append(seconds)
         peaks.append(peak)
-        written = _size(place / "out")
+        written, manifest = _size(place / "out"), (place / "out" / MANIFEST).read_bytes()
         shutil.rmtree(place / "out")
         surplus = place / "surplus"
         if not surplus.exists():
@@ -218,11 +247,16 @@ def measure(place: Path, size: int, rounds: int) -> dict[str, Any]:
         copied.append(copy([*(place / "fp8").iterdir(), surplus], place / "out"))
         shutil.rmtree(place / "out")
     seconds, plain = statistics.median(converted), statistics.median(copied)
+    if kills:
+        convert_killed(place / "fp8", place / "out", kills, seconds)
+        if (place / "out" / MANIFEST).read_bytes() != manifest:
+            raise SystemExit("killed and resumed, it wrote something else")
     half = (read + written) // 2
     rate, cp_rate = (read + written) / seconds / 1e9, 2 * half / plain / 1e9
     row = {"seconds": seconds, "read": read, "written": written, "gb_per_second": rate}
     cp = {"seconds": plain, "read": half, "written": half, "gb_per_second": cp_rate}
     return {
+        "kills": kills,
         "layers": config.num_hidden_layers,
         "experts": config.n_routed_experts,
         "convert": row | {"peak_bytes": max(peaks)},

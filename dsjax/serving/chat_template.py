@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsjax.data.tokenizer import Tokenizer
@@ -30,6 +31,10 @@ _NOTHING = re.compile("((?!))")
 
 class TemplateError(Exception):
     """The template does not take these messages; one line."""
+
+
+class HarmfulTemplateError(TemplateError):
+    """The template does too much, or reaches out of its sandbox."""
 
 
 class ChatTemplate:
@@ -67,6 +72,20 @@ class ChatTemplate:
         except Exception as error:  # a source nested too deeply is a RecursionError
             raise UserError(f"the chat template cannot be read: {_short(error)}") from None
 
+    def check(self) -> None:
+        """Try the template on one message, before anybody is served with it.
+
+        Raises:
+            UserError: it does not come to an end, or reaches out of its sandbox. One that only
+                does not take this message may take others.
+        """
+        try:
+            self.render([{"role": "user", "content": "Hello"}])
+        except HarmfulTemplateError as error:
+            raise UserError(str(error)) from None
+        except TemplateError:
+            pass
+
     def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of `messages` and of the beginning of the answer.
 
@@ -96,7 +115,10 @@ class ChatTemplate:
         try:
             return _run(parts)
         except _TooMuch as error:
-            raise TemplateError(f"the chat template {error}") from None
+            raise HarmfulTemplateError(f"the chat template {error}") from None
+        except SecurityError as error:
+            problem = f"the chat template reaches out of its sandbox: {_short(error)}"
+            raise HarmfulTemplateError(problem) from None
         except Exception as error:  # whatever a template does wrong
             problem = f"the chat template does not take these messages: {_short(error)}"
             raise TemplateError(problem) from None
@@ -152,7 +174,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         else:  # a text, so many times
             size = max(_size(left) * _times(right), _size(right) * _times(left))
         if size > MAX_PRODUCT:
-            raise TemplateError(f"the result of {operator} would be too large")
+            raise _TooMuch(f"does too much: the result of {operator} would be too large")
         return super().call_binop(context, operator, left, right)
 
 

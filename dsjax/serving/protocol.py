@@ -120,9 +120,11 @@ def _read_template(
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     names = {key: "" if i is None else tokenizer.decode([i]) for key, i in ids.items()}
     try:
-        return ChatTemplate(source, tokenizer, names)
+        template = ChatTemplate(source, tokenizer, names)
+        template.check()
     except UserError as error:
         raise UserError(f"{home}: {error}") from None
+    return template
 
 
 def _read_defaults(path: Path) -> dict[str, Any]:

@@ -264,6 +264,8 @@ TOKENIZER = kinds(
     },
 )
 
+LOOP = "{% for i in range(99999) %}"
+
 SERVED = kinds(
     "single",
     (SERVE,),
@@ -281,6 +283,23 @@ SERVED = kinds(
         ),
         "a template of no UTF-8": ("cannot be read", text("chat_template.jinja", b"\xff")),
         "a template of a gigabyte": ("the limit is", large("chat_template.jinja", 1_000_000_000)),
+        "a template that loops": (
+            "does not come to an end",
+            template(LOOP * 3 + "{% endfor %}" * 3),
+        ),
+        "a template that calls itself": (
+            "does not come to an end",
+            template("{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(90) }}"),
+        ),
+        "a template that writes without end": (
+            "writes more than",
+            template(LOOP * 2 + "x" * 10_000 + "{% endfor %}" * 2),
+        ),
+        "a template that multiplies": ("too large", template("{{ 'x' * 10 ** 10 }}")),
+        "a template that reaches for attributes": (
+            "reaches out of its sandbox",
+            template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+        ),
         "a template that reads files": (
             "the chat template",
             template("{% include '/etc/passwd' %}{% if %}"),
