@@ -20,8 +20,8 @@ class Section(BaseModel):
 Size = Annotated[int, Field(gt=0, lt=1 << 31, strict=True)]
 """A size or a position, which devices count in 32 bits. True and "3" and 3.0 are none."""
 
-Count = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
-"""A size that may be 0."""
+SizeOrZero = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+"""The same where there may be none."""
 
 MAX_LAYERS = 10_000
 MAX_EXPERTS = 100_000
@@ -121,10 +121,10 @@ class DeepSeekConfig(_Architecture):
     v_head_dim: Size
     rope_scaling: YarnConfig | None = None
 
-    first_k_dense_replace: Count = 0
+    first_k_dense_replace: SizeOrZero = 0
     moe_intermediate_size: Size
     n_routed_experts: Size
-    n_shared_experts: Count = 0
+    n_shared_experts: SizeOrZero = 0
     num_experts_per_tok: Size
     n_group: Size = 1
     topk_group: Size = 1
@@ -133,7 +133,7 @@ class DeepSeekConfig(_Architecture):
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
 
-    num_nextn_predict_layers: Annotated[Count, Field(le=MAX_LAYERS)] = 0
+    num_nextn_predict_layers: Annotated[SizeOrZero, Field(le=MAX_LAYERS)] = 0
 
     def _problems(self) -> Iterator[tuple[bool, str]]:
         yield from super()._problems()

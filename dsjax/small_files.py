@@ -80,6 +80,17 @@ def parse_json(text: bytes, source: str) -> dict[str, Any]:
     return tree
 
 
+def is_text(value: Any) -> bool:
+    """Whether this is text in whole characters: JSON can spell half a one, and UTF-8 cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):

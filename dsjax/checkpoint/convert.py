@@ -37,7 +37,7 @@ from dsjax.checkpoint.journal import Journal
 from dsjax.checkpoint.source import HUGGING_FACE, Source, open_source
 from dsjax.checkpoint.streams import same_numbers
 from dsjax.checkpoint.tables import human, table
-from dsjax.checkpoint.to_objects import ObjectJournal, check_free
+from dsjax.checkpoint.to_objects import ObjectJournal, check_unused
 from dsjax.checkpoint.writing import (
     THREAD_BYTES,
     Advance,
@@ -135,12 +135,17 @@ def _journal(destination: Path, identity: dict[str, Any]) -> Journal | ObjectJou
     return Journal(destination, identity)
 
 
-def _check_place(source: Path, destination: Path) -> None:
+def check_free(destination: Path) -> None:
+    """Raise `UserError` unless a conversion may write there."""
     if isinstance(destination, ObjectPath):
-        check_free(destination)
+        check_unused(destination)
     elif os.path.lexists(destination):
         raise UserError(f"{destination}: exists already; choose a new folder")
-    elif not destination.absolute().parent.is_dir():
+
+
+def _check_place(source: Path, destination: Path) -> None:
+    check_free(destination)
+    if not isinstance(destination, ObjectPath) and not destination.absolute().parent.is_dir():
         raise UserError(f"{destination}: {destination.absolute().parent} is no folder; make it")
     if destination.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{destination}: lies inside the source {source}; choose a place outside")

@@ -22,15 +22,13 @@ from typing import Any
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.safetensors import DTYPES, INDEX, SINGLE, Entry, read_shards
 from dsjax.errors import UserError, one_line
+from dsjax.small_files import MAX_BYTES, open_file
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 NESTED = "state_dict"
 """The one key of a file that keeps its tensors a level deeper."""
-
-MAX_PICKLE_BYTES = 100_000_000
-"""As for a header of safetensors: what describes the tensors is read as a whole."""
 
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -176,7 +174,7 @@ def _is_plain(torch: Any, tensor: Any) -> bool:
 def _listed(file: Path) -> list[Place]:
     """Where the archive's own list says that numbers lie: of each tensor, or of several as one."""
     try:
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             if stream.read(4) != _ZIP:
                 raise UserError(
                     f"{file}: no archive as PyTorch writes it since 1.6; load it there, and "
@@ -199,10 +197,8 @@ def _members(archive: zipfile.ZipFile, file: Path) -> list[Place]:
         name, size = member.filename.partition("/")[2], member.file_size
         if name == "byteorder" and (size > 6 or archive.read(member) != b"little"):
             raise UserError(f"{file}: its numbers are not little-endian; torch.save it again")
-        if name == "data.pkl" and size > MAX_PICKLE_BYTES:
-            raise UserError(
-                f"{file}: {size:,} bytes of pickle; at most {MAX_PICKLE_BYTES:,} are read"
-            )
+        if name == "data.pkl" and size > MAX_BYTES:
+            raise UserError(f"{file}: {size:,} bytes of pickle; at most {MAX_BYTES:,} are read")
         if name.startswith("data/") and size:
             found.append((_begin(archive, member), size))
     return found

@@ -19,7 +19,7 @@ import numpy as np
 
 from dsjax.errors import UserError
 from dsjax.places import ObjectPath, ObjectStoreError, each
-from dsjax.small_files import MAX_JSON_BYTES, open_file, parse_json, read_json
+from dsjax.small_files import MAX_JSON_BYTES, is_text, open_file, parse_json, read_json
 
 Tensor = TypeVar("Tensor")
 
@@ -157,13 +157,9 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 def _check_metadata(metadata: Any, file: Path) -> None:
     """Text by names, which we have no use for; but the format promises it."""
-    if not isinstance(metadata, dict) or not all(_is_text(t) for t in metadata.items()):
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
+    if not all(map(is_text, texts)):
         raise UserError(f"{file}: its __metadata__ is no object of texts; fetch it again")
-
-
-def _is_text(pair: tuple[str, Any]) -> bool:
-    """Whether both are, in whole characters: JSON can spell half a one, and UTF-8 cannot."""
-    return isinstance(pair[1], str) and not any("\ud800" <= c <= "\udfff" for c in "".join(pair))
 
 
 def _parse_entry(described: Any, where: str) -> tuple[str, tuple[int, ...], int, int]:

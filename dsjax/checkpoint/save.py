@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import secrets
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +14,14 @@ import numpy as np
 from jax import lax
 
 from dsjax.checkpoint.conversion import DSJAX, FORMATS, make_plan
-from dsjax.checkpoint.convert import write_plan
+from dsjax.checkpoint.convert import check_free, write_plan
 from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.checkpoint.source import Source
-from dsjax.checkpoint.to_objects import check_free
 from dsjax.errors import UserError
 from dsjax.model.layers import SCALE, variables
 from dsjax.model.transformer import Transformer
-from dsjax.places import ObjectPath, as_path
+from dsjax.places import as_path
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -43,12 +41,8 @@ def save(model: Transformer, path: str | Path, format: str = DSJAX) -> None:
     folder = as_path(path)
     if format not in FORMATS:
         raise UserError(f"format {format!r}; expected one of {', '.join(FORMATS)}")
-    if isinstance(folder, ObjectPath):
-        check_free(folder)
-    elif os.path.lexists(folder):
-        raise UserError(f"{folder}: exists already; choose a new folder")
-    else:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    check_free(folder)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     config, parts = model.config, list(tensors(model.config))
     arrays = {name: variable[...] for name, variable in variables(model)}
     if not all(array.is_fully_addressable for array in arrays.values()):

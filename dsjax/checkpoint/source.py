@@ -140,6 +140,7 @@ def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False)
     elif (pickles := find_pickles(folder)) is not None:
         if not allow_pickle:
             raise refuse_pickles(pickles)
+        local_path(folder, "a folder of pickles")
         stored = read_pickles(pickles, promised)
     else:
         stored = read_folder(folder)

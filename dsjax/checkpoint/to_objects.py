@@ -44,7 +44,7 @@ class ObjectJournal:
         self._opening: dict[str, bytes] = {}
         self._digests: dict[str, Digest] = {}
         self.done: dict[str, Digest] = {}
-        check_free(destination)
+        check_unused(destination)
         begun = self._home / BEGUN
         if not begun.create(json.dumps(identity).encode()):
             check_identity(self._home, json.loads(begun.read_bytes()), identity)
@@ -156,7 +156,7 @@ def home_of(destination: ObjectPath) -> ObjectPath:
     return _again(destination.parent / f"{destination.name}.partial")
 
 
-def check_free(destination: ObjectPath) -> None:
+def check_unused(destination: ObjectPath) -> None:
     """Raise `UserError` if something is there that no conversion goes on from."""
     if destination.name == "" or len(PurePosixPath(destination.key).parts) < 2:
         raise UserError(f"{destination}: is a whole bucket; choose a folder in it")

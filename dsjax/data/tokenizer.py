@@ -19,7 +19,7 @@ from dsjax.data.byte_level import BYTE_OF
 from dsjax.data.tiktoken import TIKTOKEN, read_tiktoken
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
-from dsjax.small_files import read_json, read_small
+from dsjax.small_files import is_text, read_json, read_small
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -196,7 +196,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     names = _read_names(config) if config.is_file() else {}
     backend = read_tiktoken(file) if file.name == TIKTOKEN else _read_backend(file)
     for key, name in names.items():
-        if name is not None and (not _is_text(name) or backend.token_to_id(name) is None):
+        if name is not None and (not is_text(name) or backend.token_to_id(name) is None):
             raise UserError(f"{config}: {key} is {name!r}, which {file.name} does not hold")
     return Tokenizer(backend, names.get("bos_token", BOS), names.get("eos_token", EOS))
 
@@ -236,11 +236,6 @@ def _read_names(path: Path) -> dict[str, Any]:
     named = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
     # A token is written as its text, or as an object that holds it under `content`.
     return {k: t.get("content", t) if isinstance(t, dict) else t for k, t in named.items()}
-
-
-def _is_text(name: object) -> bool:
-    """Whether this is text in whole characters: JSON can spell half a one, and UTF-8 cannot."""
-    return isinstance(name, str) and not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def _id_of(backend: tokenizers.Tokenizer, name: str | None) -> int | None:

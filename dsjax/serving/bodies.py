@@ -16,6 +16,7 @@ from typing_extensions import TypeAliasType
 
 from dsjax.errors import one_line
 from dsjax.inference.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
+from dsjax.small_files import is_text
 
 MAX_N = 128
 MAX_PROMPTS = 1024
@@ -217,17 +218,9 @@ def bad_text(body: Mapping[str, Any]) -> str | None:
                 waiting += [*found.keys(), *found.values()]
             elif isinstance(found, list):
                 waiting += found
-            elif isinstance(found, str) and not _is_text(found):
+            elif isinstance(found, str) and not is_text(found):
                 return name
     return None
-
-
-def _is_text(found: str) -> bool:
-    try:
-        found.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def explain(kind: type[Body], error: ValidationError) -> tuple[str, str]:
