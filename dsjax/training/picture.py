@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from dsjax.training.metrics import Record
 
@@ -30,6 +31,10 @@ def draw_run(records: list[Record], path: Path, title: str) -> None:
     axes[1, 1].set_ylim(bottom=0)
     _line(axes[1, 2], millions, _numbers(steps, "grad_norm"), "gradient norm")
     axes[1, 2].set_yscale("log")
+    # Plain numbers: a formula such as 10^2 looks up twenty fonts, with a warning for each missing.
+    axes[1, 2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1, 2].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes[1, 2].yaxis.set_minor_formatter(NullFormatter())
     partial = path.with_suffix(".tmp.png")
     figure.savefig(partial)
     os.replace(partial, path)
