@@ -151,7 +151,9 @@ class TrainingConfig(Section):
     batch_size: Schedule
     microbatch_size: int = Field(gt=0)
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["keep_all", "keep_matmuls", "keep_layer_inputs"] = "keep_layer_inputs"
+    remat: Literal["keep_all", "keep_matmuls", "keep_layer_inputs", "keep_layer_inputs_on_host"] = (
+        "keep_layer_inputs"
+    )
     loss_chunk: int = Field(512, gt=0)
     mtp_weight: Schedule = Field([Stage(value=0.3)])
     bias_update_rate: Schedule = Field([Stage(value=0.001)])

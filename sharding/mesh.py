@@ -5,6 +5,7 @@ Axes, outermost first:
     data     replicas of everything; the slow network between slices belongs here
     fsdp     parameters and optimizer state are split over it, and so is the batch
     expert   routed experts are split over it, and so is the batch (DeepSeek-V3 section 3.2)
+    context  the places of a sequence are split over it
     tensor   heads, feed-forward width and vocabulary are split over it
 """
 
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, Mesh
 
 from dsjax.errors import UserError
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def make_mesh(

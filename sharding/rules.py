@@ -23,17 +23,20 @@ TRAIN_RULES: Rules = {
     # Activations. The batch is spread over the expert axis as well: expert parallelism spends
     # data-parallel ranks, as in DeepSeek-V3 section 3.2.
     "batch": ("data", "fsdp", "expert"),
-    "sequence": (),
+    "sequence": ("context",),
     "residual": (),
     # Both.
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
+    # The mesh axis `expert` is the one along which tokens travel to their experts.
     "expert": ("expert",),
-    # Parameters.
-    "embed": ("fsdp",),
-    "q_lora": ("fsdp",),
-    "kv_lora": ("fsdp",),
+    # Parameters: split over all devices that have tokens of their own, so that each keeps and
+    # updates a part, and gradients are reduced by scattering them.
+    "embed": ("fsdp", "expert", "context"),
+    "q_lora": ("fsdp", "expert", "context"),
+    "kv_lora": ("fsdp", "expert", "context"),
+    "expert_embed": ("fsdp", "context"),
     # Few: every device holds them all, and needs them for whichever heads it has.
     "kv_heads": (),
     "head_dim": (),
@@ -45,6 +48,24 @@ TRAIN_RULES: Rules = {
     "layers": (),
 }
 
+PREFILL_RULES: Rules = TRAIN_RULES | {
+    # A weight is split over `fsdp` where that is asked for, to save memory; where tokens are
+    # spread for speed, every device has the weights that all tokens need.
+    "embed": ("fsdp",),
+    "q_lora": ("fsdp",),
+    "kv_lora": ("fsdp",),
+    "expert_embed": ("fsdp",),
+}
+
+DECODE_RULES: Rules = PREFILL_RULES | {
+    # One token a row: there is no sequence to split.
+    "sequence": (),
+}
+
+
+_TOKENS = ("batch", "sequence")
+"""Names of dimensions that are tokens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -52,6 +73,8 @@ class Layout:
 
     mesh: Mesh
     rules: Rules = dataclasses.field(default_factory=lambda: TRAIN_RULES)
+    by_hand: bool = False
+    """Inside `sharding.by_hand`: arrays are a device's own parts, and collectives are written."""
 
     def __post_init__(self) -> None:
         for logical, axes in self.rules.items():
@@ -93,6 +116,24 @@ class Layout:
         """Over how many parts of the mesh a logical axis is split."""
         return math.prod(self.mesh.shape[axis] for axis in self._mesh_axes(name))
 
+    def split_axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes along which a dimension stays split while it is computed with.
+
+        A weight is gathered over every axis along which devices have different tokens, except that
+        experts stay where they are along the mesh axis `expert`: there the tokens travel.
+        """
+        axes = tuple(axis for axis in self._mesh_axes(name) if self.mesh.shape[axis] > 1)
+        if name in _TOKENS:
+            return axes
+        stays = ("expert",) if name == "expert" else ()
+        return tuple(axis for axis in axes if axis in stays or axis not in self.token_axes)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The mesh axes along which devices have different tokens, in the order of the mesh."""
+        spread = {axis for name in _TOKENS for axis in self._mesh_axes(name)}
+        return tuple(axis for axis, size in self.mesh.shape.items() if size > 1 and axis in spread)
+
     def _mesh_axes(self, name: str | None) -> tuple[str, ...]:
         if name is None:
             return ()
@@ -112,18 +153,31 @@ def use_layout(layout: Layout) -> Iterator[Layout]:
     """
     token = _current.set(layout)
     try:
-        with jax.set_mesh(layout.mesh):
+        # Inside `shard_map`, the mesh is set already.
+        with contextlib.nullcontext() if layout.by_hand else jax.set_mesh(layout.mesh):
             yield layout
     finally:
         _current.reset(token)
 
 
+def current_layout() -> Layout | None:
+    """The layout that is being traced under."""
+    return _current.get()
+
+
+def place(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """Where an array of these logical names lies under the current layout."""
+    layout = current_layout()
+    return PartitionSpec() if layout is None else layout.spec(axes, shape)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """State where an activation lives, by the logical names of its dimensions.
 
-    Outside `use_layout` the computation follows its inputs, and this does nothing.
+    Outside `use_layout` the computation follows its inputs, and this does nothing; by hand it is
+    where it is.
     """
     layout = _current.get()
-    if layout is None:
+    if layout is None or layout.by_hand:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))

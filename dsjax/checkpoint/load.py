@@ -19,7 +19,7 @@ from dsjax.model.layers import RouterBias, tree_shardings, variables
 from dsjax.model.transformer import Transformer
 from dsjax.places import as_path
 from sharding.mesh import make_mesh
-from sharding.rules import Layout
+from sharding.rules import DECODE_RULES, Layout
 
 
 def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Transformer:
@@ -38,7 +38,7 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
         UserError: nothing there can be loaded; the message says what was found.
     """
     folder = as_path(path)
-    layout = None if mesh is None else Layout(mesh)
+    layout = None if mesh is None else Layout(mesh, DECODE_RULES)
     if kind_of(folder) == RUN:
         return _load_run(folder, dtype, layout)
     return load_files(folder, dtype, layout)

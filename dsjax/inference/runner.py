@@ -20,7 +20,7 @@ from dsjax.inference.settings import PAGE_SIZE, READ_AT_ONCE, EngineSettings
 from dsjax.inference.step import StepInputs, StepOutputs, step_for
 from dsjax.model.decoder import make_pages, take_apart
 from dsjax.model.transformer import Transformer
-from sharding.rules import Layout, use_layout
+from sharding.rules import DECODE_RULES, Layout, use_layout
 
 MARKED_AT_ONCE = 512
 """Tokens of a prompt that the sampler is told of at once."""
@@ -184,4 +184,4 @@ def _layout_of(model: Transformer) -> Layout | None:
     """The mesh that a model's weights are spread over; None on a single device."""
     sharding = model.embed.weight[...].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return Layout(mesh) if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    return Layout(mesh, DECODE_RULES) if isinstance(mesh, Mesh) and mesh.size > 1 else None

@@ -40,7 +40,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         table: RotaryTable,
-        segment_ids: Int[Array, "B S"] | None,
+        segment_ids: Int[Array, "B S"],
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
         """Whole sequences, for training; `Routing` is None for a dense layer."""
         return self._feed_forward(x + self.attn.expanded(self.attn_norm(x), table, segment_ids))

@@ -50,4 +50,4 @@ def _rows_and_columns(module: Any, weight: nnx.Variable[Any]) -> tuple[int, int]
     if isinstance(module, Experts):
         return 1, 1
     assert isinstance(module, Linear)  # No release quantizes anything else.
-    return len(weight.get_metadata("axes")) - module.contracted, module.contracted
+    return len(weight.get_metadata("axes")) - len(module.into), len(module.into)

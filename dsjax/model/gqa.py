@@ -16,6 +16,7 @@ from dsjax.kernels.attention import causal_attention
 from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
 from dsjax.model.layers import Linear, RMSNorm
 from dsjax.model.rope import RotaryTable, rotate_halves, softmax_scale
+from sharding.by_hand import first_place
 from sharding.rules import constrain
 
 
@@ -48,15 +49,16 @@ class GQA(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         table: RotaryTable,
-        segment_ids: Int[Array, "B S"] | None,
+        segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
         """Causal attention among the tokens of x."""
         q, k, v = self._projected(x, table)
-        shared = self.config.num_attention_heads // self.config.num_key_value_heads
-        k, v = (jnp.repeat(heads, shared, axis=2) for heads in (k, v))
+        # Every query's own: a device that has some of the queries needs the keys of those.
+        first = first_place("heads", q.shape[2]) + jnp.arange(q.shape[2])
+        mine = first // (self.config.num_attention_heads // self.config.num_key_value_heads)
+        k, v = (heads[:, :, mine] for heads in (k, v))
         k, v = (constrain(heads, "batch", "sequence", "heads", None) for heads in (k, v))
-        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        return self.out(causal_attention(q, k, v, ids, softmax_scale(self.config)))
+        return self.out(causal_attention(q, k, v, segment_ids, softmax_scale(self.config)))
 
     def extend(
         self,

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from dsjax.numerics.fp8 import dequantize_blocks
 from dsjax.numerics.fp8_host import E4M3
-from sharding.rules import Layout
+from sharding.by_hand import first_place, gathered, is_split, summed, summed_over_copies
+from sharding.rules import Layout, current_layout
 
 SCALE = "_scale"
 """What is added to a weight's name for that of its scales."""
@@ -46,14 +47,14 @@ def parameter(
 
 
 def use(weight: nnx.Variable[Array], dtype: DTypeLike, scale: BlockScale | None = None) -> Array:
-    """The one way a weight enters a computation: cast to the computation's dtype.
+    """The one way a weight enters a computation: cast to its dtype and, by hand, gathered.
 
     A weight in FP8 needs its scales. It is widened as loading widens one, bit by bit: multiplied in
-    float32, rounded once.
+    float32, rounded once. What is trained, and so computed by hand, is not FP8.
     """
     if scale is None:
         assert weight.dtype != E4M3  # Its values mean nothing without their scales.
-        return weight[...].astype(dtype)
+        return gathered(weight[...], variable_axes(weight), dtype)
     return dequantize_blocks(weight[...], scale[...], dtype, scale.get_metadata("merged"))
 
 
@@ -115,6 +116,21 @@ def tree_shardings(tree: Tree, layout: Layout) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(tree), shardings)
 
 
+def tree_places(tree: Tree) -> Tree | None:
+    """For `by_hand`: the `PartitionSpec` of each array under the current layout, if there is one."""
+    layout = current_layout()
+    return layout and jax.tree.map(lambda place: place.spec, tree_shardings(tree, layout))
+
+
+def sum_of_copies(gradients: Tree) -> Tree:
+    """Each parameter's gradient, summed over the devices that hold the same part of it."""
+
+    def one(gradient: nnx.Variable[Array]) -> nnx.Variable[Array]:
+        return gradient.replace(summed_over_copies(gradient[...], variable_axes(gradient)))
+
+    return jax.tree.map(one, gradients, is_leaf=_is_variable)
+
+
 def _is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 
@@ -138,20 +154,21 @@ class Linear(nnx.Module):
     ):
         """`out` and `into` map logical axis names to sizes: the weight is [*out, *into]."""
         shape = (*out.values(), *into.values())
+        self.into = tuple(into)
         self.weight = parameter(key, shape, (*out, *into), std, dtype)
         if bias:
             self.bias = nnx.Param(jnp.zeros(tuple(out.values()), dtype), axes=tuple(out))
-        self.contracted = len(into)
         self.has_bias = bias
         self.inputs_first = False
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Contract the last dimensions of x with the weight's inputs, and add the bias."""
         weight = use(self.weight, x.dtype, scale_of(self, "weight"))
-        n = self.contracted
+        n = len(self.into)
         mine = tuple(range(x.ndim - n, x.ndim))
         first = 0 if self.inputs_first else weight.ndim - n
         y = jax.lax.dot_general(x, weight, ((mine, tuple(range(first, first + n))), ((), ())))
+        y = summed(y, *self.into)
         if not self.has_bias:
             return y
         bias = use(self.bias, x.dtype)
@@ -159,8 +176,8 @@ class Linear(nnx.Module):
 
     def put_inputs_first(self) -> None:
         """Turn the weight to [*into, *out], which few rows at a time are multiplied faster by."""
-        outputs = len(self.weight.shape) - self.contracted
-        put_columns_first(self, "weight", (outputs, self.contracted))
+        outputs = len(self.weight.shape) - len(self.into)
+        put_columns_first(self, "weight", (outputs, len(self.into)))
         self.inputs_first = True
 
 
@@ -187,7 +204,13 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Array, dtype: jnp.dtype) -> Float[Array, "B S D"]:
         """The rows of these ids, in `dtype`."""
-        return use(self.weight, dtype)[tokens]
+        weight = use(self.weight, dtype)
+        if not is_split("vocab"):
+            return weight[tokens]
+        place = tokens - first_place("vocab", weight.shape[0])
+        here = (place >= 0) & (place < weight.shape[0])
+        rows = weight[jnp.clip(place, 0, weight.shape[0] - 1)]
+        return summed(jnp.where(here[..., None], rows, 0), "vocab")
 
 
 class MLP(nnx.Module):

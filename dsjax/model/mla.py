@@ -73,7 +73,7 @@ class MLA(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         table: RotaryTable,
-        segment_ids: Int[Array, "B S"] | None,
+        segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
         """Causal attention among the tokens of x."""
         c_kv, k_rope = self._latent(x, table)
@@ -81,8 +81,7 @@ class MLA(nnx.Module):
         k_nope, v = jnp.split(key_value, [self.config.qk_nope_head_dim], axis=-1)
         q = jnp.concatenate(self._queries(x, table), axis=-1)
         k = _with_shared(k_nope, k_rope)
-        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        return self.out(causal_attention(q, k, v, ids, softmax_scale(self.config)))
+        return self.out(causal_attention(q, k, v, segment_ids, softmax_scale(self.config)))
 
     def extend(
         self,

@@ -18,8 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.experts import routed_experts
 from dsjax.kernels.experts_inference import apply_experts
+from dsjax.kernels.experts_parallel import routed_experts_over
 from dsjax.kernels.swiglu import SwiGLU
 from dsjax.model.layers import MLP, RouterBias, parameter, put_columns_first, scale_of, use
+from sharding.by_hand import summed, token_exchange_axis
 from sharding.rules import constrain
 
 
@@ -35,9 +37,11 @@ class ExpertStats(NamedTuple):
     """What balancing needs to know of one layer's batch."""
 
     load: Float[Array, "*L E"]
-    """Pairs sent to each expert; a count, held in float32 (exact up to 2^24 a microbatch)."""
+    """Pairs sent to each expert; a count, held in float32 (exact up to 2^24 a microbatch). By hand,
+    those of this device's tokens."""
     balance_loss: Float[Array, "*L"]
-    """Sequence-wise balance loss, summed over the sequences, without its weight alpha."""
+    """Sequence-wise balance loss, summed over the sequences, without its weight alpha. By hand,
+    this device's share."""
 
 
 def choose_experts(
@@ -112,7 +116,7 @@ class Experts(nnx.Module):
         )
         keys = jax.random.split(key, 3)
         std = config.initializer_range
-        wide, narrow = ("expert", "mlp", "embed"), ("expert", "embed", "mlp")
+        wide, narrow = ("expert", "mlp", "expert_embed"), ("expert", "expert_embed", "mlp")
         self.gate = parameter(keys[0], (experts, width, embed), wide, std, dtype)
         self.up = parameter(keys[1], (experts, width, embed), wide, std, dtype)
         self.down = parameter(keys[2], (experts, embed, width), narrow, std, dtype)
@@ -128,8 +132,12 @@ class Experts(nnx.Module):
             weights, blocks = SwiGLU(*(weight[...] for weight in held)), SwiGLU(*blocks)
             return apply_experts(x, weights, routing.experts, routing.gates, blocks)
         weights = SwiGLU(*(use(w, x.dtype, s) for w, s in zip(held, scales, strict=True)))
-        apply = apply_experts if self.inputs_first else routed_experts
-        return apply(x, weights, routing.experts, routing.gates)
+        if (axis := token_exchange_axis()) is not None:
+            y = routed_experts_over(axis, x, weights, routing.experts, routing.gates)
+        else:
+            apply = apply_experts if self.inputs_first else routed_experts
+            y = apply(x, weights, routing.experts, routing.gates)
+        return summed(y, "mlp")
 
     def put_inputs_first(self) -> None:
         """Turn every matrix to [E, into, out], which few rows at a time are multiplied faster by.
@@ -182,9 +190,11 @@ def expert_stats(routing: Routing, valid: Bool[Array, "B S"]) -> ExpertStats:
 
     scores = routing.scores.reshape(*valid.shape, experts)
     counted = weight.reshape(*valid.shape, 1)
-    tokens = jnp.maximum(counted.sum(1), 1.0)
+    # A sequence may lie on several devices. What is counted has no gradient; P_i is the mean of
+    # all its tokens, and each device adds its own.
+    tokens = jnp.maximum(summed(counted.sum(1), "sequence"), 1.0)
     _, top = jax.lax.top_k(jax.lax.stop_gradient(scores), choices)
     hits = (top[..., None] == jnp.arange(experts)[None, None, None]).any(2)
-    f = (hits * counted).sum(1) * experts / (choices * tokens)
+    f = summed((hits * counted).sum(1), "sequence") * experts / (choices * tokens)
     p = (scores / scores.sum(-1, keepdims=True) * counted).sum(1) / tokens
     return ExpertStats(load, (f * p).sum())

@@ -53,7 +53,7 @@ class MTPModule(nnx.Module):
         embedded: Float[Array, "B S D"],
         hidden: Float[Array, "B S D"],
         table: RotaryTable,
-        segment_ids: Int[Array, "B S"] | None,
+        segment_ids: Int[Array, "B S"],
     ) -> tuple[Float[Array, "B S D"], Routing]:
         """h^k before its norm, and where the expert layer sent its tokens."""
         x, routing = self.block(self._joined(embedded, hidden), table, segment_ids)

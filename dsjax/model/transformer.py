@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import ModelConfig
@@ -22,10 +23,14 @@ from dsjax.model.layers import Embedding, Linear, RMSNorm, use
 from dsjax.model.moe import ExpertStats, expert_stats
 from dsjax.model.mtp import Ahead, make_mtp, reaches, shift
 from dsjax.model.rope import rotary_table
+from sharding.by_hand import is_gathering, sequence_part
 from sharding.rules import constrain
 
-Remat = Literal["keep_all", "keep_matmuls", "keep_layer_inputs"]
-"""What the backward pass finds in memory; everything else is computed again."""
+Remat = Literal["keep_all", "keep_matmuls", "keep_layer_inputs", "keep_layer_inputs_on_host"]
+"""What the backward pass finds in memory, the device's or the host's; everything else is computed
+again, and gathered weights are gathered again, whatever is kept."""
+
+_LAYER_INPUT = "layer_input"
 
 
 @partial(
@@ -40,9 +45,10 @@ class Output:
     model: Transformer
     tokens: Int[Array, "B S"]
     positions: Int[Array, "B S"]
-    segment_ids: Int[Array, "B S"] | None
-    hidden: Float[Array, "B S D"]
-    """After the final norm."""
+    segment_ids: Int[Array, "B S"]
+    hidden: Float[Array, "B P D"]
+    """After the final norm. P is S, or by hand this device's part of it; integers are whole, so
+    that a place can look at one that lies elsewhere."""
     load: Float[Array, "L E"]
     """(token, choice) pairs that each expert layer sent to each expert; padding not counted."""
     balance_loss: Float[Array, "L"]
@@ -113,18 +119,21 @@ class Transformer(nnx.Module):
                 padding. None: every row is one document.
             remat: what the backward pass finds in memory.
         """
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
         if positions is None:
-            positions = _positions(tokens, segment_ids)
-        table = rotary_table(self.config, positions)
-        valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+            positions = _positions(segment_ids)
+        table = rotary_table(self.config, sequence_part(positions))
+        mine = sequence_part(segment_ids)
 
         def layer(x: Array, block: Block) -> tuple[Array, ExpertStats | None]:
-            x, routing = block(x, table, segment_ids)
-            stats = None if routing is None else expert_stats(routing, valid)
+            x = checkpoint_name(x, _LAYER_INPUT)
+            x, routing = block(x, table, mine)
+            stats = None if routing is None else expert_stats(routing, mine > 0)
             return x, stats
 
         layer = rematerialize(layer, remat)
-        x = self._embed(tokens)
+        x = self._embed(sequence_part(tokens))
         stats: Any = _no_stats(self.config)
         if self.dense_layers is not None:
             x, _ = jax.lax.scan(layer, x, self.dense_layers)
@@ -135,15 +144,15 @@ class Transformer(nnx.Module):
     def look_ahead(self, out: Output, *, remat: Remat = "keep_all") -> Ahead:
         """Run the MTP modules over a finished forward pass; each depth feeds the next."""
         config = self.config
-        table = rotary_table(config, out.positions)
-        segments = out.segment_ids
-        ids = jnp.ones_like(out.tokens) if segments is None else segments
+        table = rotary_table(config, sequence_part(out.positions))
+        mine = sequence_part(out.segment_ids)
 
         def depth(module: Any, hidden: Array, by: int) -> tuple[Array, Array, ExpertStats]:
-            embedded = self._embed(shift(out.tokens, by))
-            hidden, routing = module(embedded, hidden, table, segments)
+            hidden = checkpoint_name(hidden, _LAYER_INPUT)
+            embedded = self._embed(sequence_part(shift(out.tokens, by)))
+            hidden, routing = module(embedded, hidden, table, mine)
             # The last place with a target sees token i + by and predicts the one after it.
-            stats = expert_stats(routing, reaches(ids, by))
+            stats = expert_stats(routing, sequence_part(reaches(out.segment_ids, by)))
             return hidden, module.norm(hidden), stats
 
         hidden, normed, stats = out.hidden, [], []
@@ -173,20 +182,31 @@ class Transformer(nnx.Module):
 
 def rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """The same function, whose backward pass recomputes what `remat` does not keep."""
-    if remat == "keep_all":
+    if remat == "keep_all" and not is_gathering():
         return function
+    ready_made = jax.checkpoint_policies
     policies = {
-        "keep_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "keep_layer_inputs": jax.checkpoint_policies.nothing_saveable,
+        "keep_all": _all_but_gathered_weights,
+        "keep_matmuls": ready_made.dots_with_no_batch_dims_saveable,
+        "keep_layer_inputs": ready_made.nothing_saveable,
+        "keep_layer_inputs_on_host": ready_made.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }
     return jax.checkpoint(function, policy=policies[remat])
 
 
-def _positions(tokens: Array, segment_ids: Array | None) -> Array:
+def _all_but_gathered_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Kept for every layer, gathered weights would be the whole model on every device."""
+    return primitive.name != "all_gather"
+
+
+def _positions(segment_ids: Array) -> Array:
     """Place of each token within its own run of one segment id."""
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    if segment_ids is None:
-        return index
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 

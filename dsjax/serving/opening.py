@@ -22,7 +22,7 @@ from dsjax.model.transformer import Transformer
 from dsjax.serving.options import ModelOptions
 from dsjax.serving.protocol import Served, load_served
 from sharding.mesh import make_mesh
-from sharding.rules import Layout
+from sharding.rules import DECODE_RULES, Layout
 
 DEFAULT_CONTEXT = 4096
 
@@ -39,7 +39,7 @@ def open_model(options: ModelOptions) -> tuple[Engine, Served]:
     if context > longest:
         raise UserError(f"--context {context}: the model was made for at most {longest}")
     mesh = None if options.mesh is None else make_mesh(options.mesh)
-    groups = 1 if mesh is None else Layout(mesh).ways("batch")
+    groups = 1 if mesh is None else Layout(mesh, DECODE_RULES).ways("batch")
     rows = groups * math.ceil(options.rows / groups)  # every part of the batch has as many
     settings = EngineSettings(rows=rows, context=context, drafts=options.drafts)
     served = load_served(

@@ -9,13 +9,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.data.held_out import HeldOutRows
+from dsjax.model.layers import tree_places
 from dsjax.model.mtp import reaches, shift
 from dsjax.model.transformer import Transformer
 from dsjax.training.loss import token_scores
 from dsjax.training.step import max_violation
+from sharding.by_hand import by_hand, sequence_part, summed, summed_over_tokens, whole_sequence
+from sharding.rules import place
 
 
 class Scores(NamedTuple):
@@ -53,18 +57,32 @@ def score_rows(
     chunk: int,
 ) -> Scores:
     """Score some rows. A draft is accepted where MTP at i and the main model at i + 1 agree."""
-    out = model(tokens, segment_ids=segment_ids)
-    ahead = model.look_ahead(out)
-    head = model.head_weight(out.hidden.dtype)
-    nll, best = token_scores(out.hidden, head, shift(tokens, 1), chunk)
-    accepted = drafted = jnp.zeros((), jnp.int32)
-    if ahead.hidden:
-        _, draft = token_scores(ahead.hidden[0], head, shift(tokens, 2), chunk)
-        both = scored & reaches(segment_ids, 2)
-        drafted = both.sum()
-        accepted = (both & (draft == shift(best, 1))).sum()
-    load = jnp.concatenate([out.load, ahead.load])
-    return Scores((nll * scored).sum(), scored.sum(), accepted, drafted, load)
+
+    def of_parts(model: Transformer, tokens: Array, segment_ids: Array, scored: Array) -> Scores:
+        out = model(tokens, segment_ids=segment_ids)
+        ahead = model.look_ahead(out)
+        head = model.head_weight(out.hidden.dtype)
+
+        def whole(hidden: Array, by: int) -> tuple[Array, Array]:
+            """Scores of every place: a draft's neighbour may lie on another device."""
+            nll, best = token_scores(hidden, head, sequence_part(shift(tokens, by)), chunk)
+            return whole_sequence(nll), whole_sequence(best)
+
+        nll, best = whole(out.hidden, 1)
+        accepted = drafted = jnp.zeros((), jnp.int32)
+        if ahead.hidden:
+            _, draft = whole(ahead.hidden[0], 2)
+            both = scored & reaches(segment_ids, 2)
+            drafted = both.sum()
+            accepted = (both & (draft == shift(best, 1))).sum()
+        load = jnp.concatenate([out.load, ahead.load])
+        mine = Scores((nll * scored).sum(), scored.sum(), accepted, drafted, load)
+        whole_batch = jax.tree.map(lambda x: summed(x, "batch"), mine)
+        return whole_batch._replace(load=summed_over_tokens(load))
+
+    rows = place(tokens.shape, "batch", None)
+    run = by_hand(of_parts, (tree_places(model), rows, rows, rows), PartitionSpec())
+    return run(model, tokens, segment_ids, scored)
 
 
 def batches_of(rows: HeldOutRows, size: int, limit: int | None) -> Iterator[tuple[np.ndarray, ...]]:

@@ -125,7 +125,7 @@ class TrainingLoop:
         total = None
         size = self.config.training.microbatch_size
         for arrays in batches_of(self.held_out, size, limit):
-            placed = (self._place(array, ("batch", "sequence")) for array in arrays)
+            placed = (self._place(array, ("batch", None)) for array in arrays)
             total = add_scores(total, self._score(self.state.model, *placed))
         assert total is not None
         found = summarize(total, self.held_out)
@@ -181,7 +181,7 @@ class TrainingLoop:
         begin = time.monotonic()
         plan = Plan(1, 0, 0.0, 0.0, 0.0)
         empty = np.zeros((self._slots, *self._microbatch_shape()), np.int32)
-        batch = Batch(*(self._place(empty, (None, "batch", "sequence")) for _ in range(2)))
+        batch = Batch(*(self._place(empty, (None, "batch", None)) for _ in range(2)))
         self._step = self._step.lower(self.state, batch, *_scalars(plan)).compile()
         self._display.say(f"compiled the step in {time.monotonic() - begin:.1f} s")
 
@@ -192,7 +192,7 @@ class TrainingLoop:
             batch = next(self.data)
             tokens[index], segment_ids[index] = batch["tokens"], batch["segment_ids"]
         batch = Batch(
-            *(self._place(array, (None, "batch", "sequence")) for array in (tokens, segment_ids))
+            *(self._place(array, (None, "batch", None)) for array in (tokens, segment_ids))
         )
         return self.state, batch, *_scalars(plan)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sharding.by_hand import first_place, is_split, largest, summed
 from sharding.rules import constrain
 
 
@@ -26,6 +27,8 @@ def cross_entropy(
     chunk: int,
 ) -> Float[Array, ""]:
     """sum over positions of weight * -log softmax(head hidden)[target], in float32.
+
+    By hand, a device may have some rows of the head only: it makes their logits and no others.
 
     Args:
         hidden: after the final norm.
@@ -53,7 +56,8 @@ def _forward(
         total, d_head = carry
         hidden, targets, weights = part
         nll, logits, log_total = _negative_log_likelihood(hidden, head, targets)
-        hit = targets[..., None] == jnp.arange(head.shape[0])[None, None]
+        ids = first_place("vocab", head.shape[0]) + jnp.arange(head.shape[0])
+        hit = targets[..., None] == ids[None, None]
         d_logits = (jnp.exp(logits - log_total[..., None]) - hit) * weights[..., None]
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, head)
@@ -70,6 +74,8 @@ def _forward(
 
 def _backward(chunk: int, saved: tuple[Array, Array], d: Array) -> tuple[Array, Array, None, None]:
     d_hidden, d_head = saved
+    # Every device that had a part of the vocabulary has this loss, and its share of its gradient.
+    d = summed(d, "vocab")
     return (d * d_hidden).astype(d_hidden.dtype), (d * d_head).astype(d_head.dtype), None, None
 
 
@@ -83,7 +89,7 @@ def token_scores(
 
     def one_chunk(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         nll, logits, _log_total = _negative_log_likelihood(part[0], head, part[1])
-        return None, (nll, jnp.argmax(logits, axis=-1))
+        return None, (nll, _likeliest(logits))
 
     _, scores = jax.lax.scan(one_chunk, None, _split(chunk, hidden, targets))
     nll, best = (s.swapaxes(0, 1).reshape(hidden.shape[0], -1) for s in scores)
@@ -93,12 +99,31 @@ def token_scores(
 def _negative_log_likelihood(
     hidden: Array, head: Array, targets: Array
 ) -> tuple[Array, Array, Array]:
-    """-log p(target), the logits, and the logarithm of their normalizer; all float32."""
+    """-log p(target), this device's logits, and the logarithm of their normalizer; all float32."""
     logits = jnp.einsum("bsd,vd->bsv", hidden, head, preferred_element_type=jnp.float32)
     logits = constrain(logits, "batch", "sequence", "vocab")
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if not is_split("vocab"):
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return log_total - picked, logits, log_total
+    top = largest(logits.max(-1), "vocab")
+    log_total = top + jnp.log(summed(jnp.exp(logits - top[..., None]).sum(-1), "vocab"))
+    ids = first_place("vocab", head.shape[0]) + jnp.arange(head.shape[0])
+    hit = targets[..., None] == ids[None, None]
+    picked = summed(jnp.where(hit, logits, 0).sum(-1), "vocab")
     return log_total - picked, logits, log_total
+
+
+def _likeliest(logits: Array) -> Array:
+    """The id of the largest logit, the first of equal ones, wherever it lies."""
+    size = logits.shape[-1]
+    best = jnp.argmax(logits, axis=-1) + first_place("vocab", size)
+    if not is_split("vocab"):
+        return best
+    value = logits.max(-1)
+    # The smallest id is the largest of their negatives.
+    smallest = jnp.iinfo(best.dtype).min
+    return -largest(jnp.where(value == largest(value, "vocab"), -best, smallest), "vocab")
 
 
 def _split(chunk: int, *arrays: Array) -> Any:

@@ -18,14 +18,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import RunConfig
-from dsjax.model.layers import RouterBias
+from dsjax.model.layers import RouterBias, sum_of_copies, tree_places
 from dsjax.model.mtp import reaches, shift
 from dsjax.model.transformer import Remat, Transformer
 from dsjax.training.loss import cross_entropy
 from dsjax.training.optimizer import make_optimizer
+from sharding.by_hand import by_hand, copies, sequence_part, summed, summed_over_tokens
+from sharding.rules import place
 
 
 class TrainState(NamedTuple):
@@ -96,7 +99,7 @@ def batch_loss(
     loss_chunk: int,
     remat: Remat,
 ) -> tuple[Float[Array, ""], Sums]:
-    """A microbatch's share of the batch's loss.
+    """A microbatch's share of the batch's loss; by hand, this device's share of that.
 
     Args:
         counts: targets in the whole batch: next token, then each MTP depth.
@@ -107,8 +110,9 @@ def batch_loss(
     head = model.head_weight(out.hidden.dtype)
     losses = []
     for by, hidden in enumerate((out.hidden, *ahead.hidden), start=1):
-        weights = reaches(segment_ids, by) / jnp.maximum(counts[by - 1], 1)
-        losses.append(cross_entropy(hidden, head, shift(tokens, by), weights, loss_chunk))
+        weights = sequence_part(reaches(segment_ids, by)) / jnp.maximum(counts[by - 1], 1)
+        targets = sequence_part(shift(tokens, by))
+        losses.append(cross_entropy(hidden, head, targets, weights, loss_chunk))
     mtp = jnp.stack(losses[1:]) if losses[1:] else jnp.zeros(0)
     balance = (out.balance_loss.sum() + ahead.balance_loss.sum()) / rows
     total = losses[0] + balance_weight * balance
@@ -124,6 +128,57 @@ def target_counts(segment_ids: Int[Array, "M B S"], depths: int) -> Int[Array, "
     return jnp.stack([reaches(rows, by).sum() for by in range(1, depths + 2)])
 
 
+def make_gradients(
+    config: RunConfig,
+) -> Callable[[Transformer, Batch, Array, Array], tuple[Any, Sums]]:
+    """The gradients of a batch's loss, as `(model, batch, microbatches, mtp_weight)`.
+
+    Under a layout every device computes its share by hand (`sharding.by_hand`): gradients come out
+    split as the parameters are, and whole in the sense that all tokens are in them.
+    """
+    training = config.training
+    loss = partial(
+        batch_loss,
+        balance_weight=training.balance_loss_weight,
+        loss_chunk=training.loss_chunk,
+        remat=training.remat,
+    )
+
+    def gradients(
+        model: Transformer, batch: Batch, microbatches: Array, mtp_weight: Array
+    ) -> tuple[Any, Sums]:
+        graph, params, biases = nnx.split(model, nnx.Param, RouterBias)
+
+        def of_parts(
+            params: Any, biases: Any, batch: Batch, microbatches: Array, mtp_weight: Array
+        ) -> tuple[Any, Sums]:
+            live = jnp.arange(batch.tokens.shape[0])[:, None, None] < microbatches
+            segments = jnp.where(live, batch.segment_ids, 0)
+            counts = summed(target_counts(segments, config.model.num_nextn_predict_layers), "batch")
+            rows = jnp.maximum(summed((segments > 0).any(-1).sum(), "batch"), 1)
+
+            def of_microbatch(index: Array) -> tuple[Any, Sums]:
+                def share(params: Any) -> tuple[Array, Sums]:
+                    model = nnx.merge(graph, params, biases)
+                    tokens, ids = batch.tokens[index], segments[index]
+                    total, sums = loss(model, tokens, ids, counts, rows, mtp_weight)
+                    return total / copies(), sums
+
+                grads, sums = jax.grad(share, has_aux=True)(params)
+                return optax.tree.cast(grads, jnp.float32), sums
+
+            grads, sums = _accumulate(of_microbatch, batch.tokens.shape[0], microbatches)
+            return sum_of_copies(grads), jax.tree.map(summed_over_tokens, sums)
+
+        rows = jax.tree.map(lambda x: place(x.shape, None, "batch", None), batch)
+        everywhere = PartitionSpec()
+        places = tree_places(params), tree_places(biases), rows, everywhere, everywhere
+        run = by_hand(of_parts, places, (places[0], everywhere))
+        return run(params, biases, batch, microbatches, mtp_weight)
+
+    return gradients
+
+
 def make_train_step(
     config: RunConfig,
 ) -> Callable[[TrainState, Batch, Array, Knobs], tuple[TrainState, Metrics]]:
@@ -133,33 +188,13 @@ def make_train_step(
     compiling again.
     """
     optimizer = make_optimizer(config.optimizer)
-    training = config.training
-    loss = partial(
-        batch_loss,
-        balance_weight=training.balance_loss_weight,
-        loss_chunk=training.loss_chunk,
-        remat=training.remat,
-    )
+    gradients = make_gradients(config)
 
     def step(
         state: TrainState, batch: Batch, microbatches: Array, knobs: Knobs
     ) -> tuple[TrainState, Metrics]:
         graph, params, biases = nnx.split(state.model, nnx.Param, RouterBias)
-        live = jnp.arange(batch.tokens.shape[0])[:, None, None] < microbatches
-        segments = jnp.where(live, batch.segment_ids, 0)
-        counts = target_counts(segments, config.model.num_nextn_predict_layers)
-        rows = jnp.maximum((segments > 0).any(-1).sum(), 1)
-
-        def gradients(index: Array) -> tuple[Any, Sums]:
-            def of_params(params: Any) -> tuple[Array, Sums]:
-                model = nnx.merge(graph, params, biases)
-                tokens, ids = batch.tokens[index], segments[index]
-                return loss(model, tokens, ids, counts, rows, knobs.mtp_weight)
-
-            grads, sums = jax.grad(of_params, has_aux=True)(params)
-            return optax.tree.cast(grads, jnp.float32), sums
-
-        grads, sums = _accumulate(gradients, batch.tokens.shape[0], microbatches)
+        grads, sums = gradients(state.model, batch, microbatches, knobs.mtp_weight)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss)
         updates, moments = optimizer.update(grads, state.moments, params)

@@ -1,0 +1,190 @@
+"""Sharding by hand: a computation in one `shard_map` over the whole mesh, every collective written.
+
+XLA's partitioner finds where data must move by itself, and for a step of 671B it finds too much;
+here nothing is left to choose. What each device computes is its share of the result:
+
+    weights      are split over every mesh axis along which devices have different tokens, gathered
+                 a layer at a time, and their gradients reduced by scattering (`gathered`)
+    partial sums where a contracted dimension is split (`summed`): heads, mlp, vocab
+    the loss     each device differentiates its own share; the sum over all devices is the loss. A
+                 value that several devices hold alike is that many values, each with its part of
+                 the gradient, and sums of parts are what `psum` and `psum_scatter` make
+
+The functions below do nothing outside `by_hand`, so the same modules run under XLA's partitioner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from dsjax.errors import UserError
+from sharding.context_parallel import all_places, local_places
+from sharding.rules import Layout, current_layout, use_layout
+
+Gathers = tuple[tuple[int, tuple[str, ...]], ...]
+"""Dimensions, and the mesh axes to gather each over."""
+
+
+def by_hand(function: Callable[..., Any], places: Any, result_places: Any) -> Callable[..., Any]:
+    """The same function of whole arrays, computed by each device on its own parts.
+
+    Args:
+        function: of arrays; inside, they are parts, and the functions of this module act.
+        places: a `PartitionSpec` for each argument, or a tree of them.
+        result_places: the same for what it returns.
+
+    Outside `use_layout` there is one device, and the function is returned as it is.
+    """
+    layout = current_layout()
+    if layout is None:
+        return function
+    inside = Layout(layout.mesh, layout.rules, by_hand=True)
+
+    def on_a_device(*arguments: Any) -> Any:
+        with use_layout(inside):
+            return function(*arguments)
+
+    return jax.shard_map(
+        on_a_device, mesh=layout.mesh, in_specs=places, out_specs=result_places, check_vma=False
+    )
+
+
+def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike) -> Array:
+    """A weight as the computation needs it: cast, then whole along all axes that have tokens.
+
+    Cast first, so that half the bytes travel. The gradient travels in the weight's own dtype: what
+    many devices add up is added in float32.
+    """
+    layout = _inside()
+    if layout is None:
+        return weight.astype(dtype)
+    gathers: list[tuple[int, tuple[str, ...]]] = []
+    for dim, name in enumerate(axes):
+        stays = layout.split_axes(name)
+        # A dimension that is cut along several axes is cut by the first one first.
+        whole = tuple(axis for axis in layout.rules[name] if layout.mesh.shape[axis] > 1)
+        if whole[: len(stays)] != stays:
+            raise UserError(
+                f"rules: {name!r} goes to {whole}, and stays split over {stays}; name those first"
+            )
+        if missing := whole[len(stays) :]:
+            gathers.append((dim, missing))
+    return _gather(weight, tuple(gathers), jnp.dtype(dtype)) if gathers else weight.astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight: Array, gathers: Gathers, dtype: jnp.dtype) -> Array:
+    part = weight.astype(dtype)
+    for dim, axes in gathers:
+        part = lax.all_gather(part, axes, axis=dim, tiled=True)
+    return part
+
+
+def _gather_forward(weight: Array, gathers: Gathers, dtype: jnp.dtype) -> tuple[Array, Array]:
+    # An empty slice remembers the dtype, which is no array.
+    return _gather(weight, gathers, dtype), jnp.zeros((0,), weight.dtype)
+
+
+def _gather_backward(
+    gathers: Gathers, dtype: jnp.dtype, kept: Array, gradient: Array
+) -> tuple[Array]:
+    part = gradient.astype(kept.dtype)
+    for dim, axes in reversed(gathers):
+        part = lax.psum_scatter(part, axes, scatter_dimension=dim, tiled=True)
+    return (part,)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def is_gathering() -> bool:
+    """Whether weights are gathered now."""
+    layout = _inside()
+    return layout is not None and bool(layout.token_axes)
+
+
+def summed(x: Array, *names: str) -> Array:
+    """The sum over the devices among which a contraction over these dimensions was split."""
+    axes = _split(*names)
+    return lax.psum(x, axes) if axes else x
+
+
+def largest(x: Array, *names: str) -> Array:
+    """The largest value over the same devices."""
+    axes = _split(*names)
+    return lax.pmax(x, axes) if axes else x
+
+
+def is_split(name: str) -> bool:
+    """Whether devices hold different parts of this dimension now."""
+    return bool(_split(name))
+
+
+def first_place(name: str, size: int) -> Array | int:
+    """Where this device's part of a dimension begins, when each part has `size` places."""
+    axes = _split(name)
+    return lax.axis_index(axes) * size if axes else 0
+
+
+def sequence_part(x: Array) -> Array:
+    """This device's places of [B, S, ...]; integers of every place are on every device."""
+    axes = _split("sequence")
+    return local_places(x, axes[0]) if axes else x
+
+
+def whole_sequence(x: Array) -> Array:
+    """Every place of [B, S, ...], of which this device has `sequence_part`: for small arrays."""
+    axes = _split("sequence")
+    return all_places(x, axes[0]) if axes else x
+
+
+def token_exchange_axis() -> str | None:
+    """The mesh axis along which tokens travel to their experts; None where experts are whole."""
+    axes = _split("expert")
+    return axes[0] if axes else None
+
+
+def summed_over_copies(x: Array, axes: tuple[str, ...]) -> Array:
+    """A gradient's sum over the mesh axes along which its weight, of these axes, is not split."""
+    layout = _inside()
+    if layout is None:
+        return x
+    split = {axis for name in axes for axis in layout.rules[name]}
+    missing = tuple(a for a, size in layout.mesh.shape.items() if size > 1 and a not in split)
+    return lax.psum(x, missing) if missing else x
+
+
+def copies() -> int:
+    """How many devices compute the same tokens, and so the same loss."""
+    layout = _inside()
+    if layout is None:
+        return 1
+    return layout.mesh.size // math.prod(layout.mesh.shape[axis] for axis in layout.token_axes)
+
+
+def summed_over_tokens(x: Array) -> Array:
+    """The sum over all devices that have different tokens."""
+    layout = _inside()
+    axes = () if layout is None else layout.token_axes
+    return lax.psum(x, axes) if axes else x
+
+
+def _inside() -> Layout | None:
+    layout = current_layout()
+    return layout if layout is not None and layout.by_hand else None
+
+
+def _split(*names: str) -> tuple[str, ...]:
+    layout = _inside()
+    if layout is None:
+        return ()
+    return tuple(dict.fromkeys(axis for name in names for axis in layout.split_axes(name)))
