@@ -13,7 +13,7 @@ On a CPU, XLA lowers `jax.lax.ragged_dot` to a product of every group with every
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import experts_blocked
-from dsjax.kernels.permutation import Order, sort_by_expert, sum_choices
+from dsjax.kernels.permutation import Order, VisitorOrder, sort_by_expert
 from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
 
 
@@ -70,33 +70,64 @@ class _Saved(NamedTuple):
 
 def _forward(x: Array, weights: SwiGLU, experts: Array, gates: Array) -> tuple[Array, _Saved]:
     order = sort_by_expert(experts, weights.gate.shape[0])
-    y, before = lax.platform_dependent(
-        x,
-        weights,
-        order,
-        gates.ravel()[order.pair_of_row],
-        cpu=experts_blocked.forward,
-        default=_forward_ragged,
-    )
+    y, before = multiply(x, weights, order, gates.ravel()[order.pair_of_row])
     return y, _Saved(x, weights, order, gates, before)
 
 
 def _backward(saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
     order = saved.order
-    dx, d_weights, d_gates = lax.platform_dependent(
-        saved.x,
-        saved.weights,
-        order,
-        saved.gates.ravel()[order.pair_of_row],
-        saved.before,
-        dy,
-        cpu=experts_blocked.backward,
-        default=_backward_ragged,
+    gates = saved.gates.ravel()[order.pair_of_row]
+    zeros = jax.tree.map(jnp.zeros_like, saved.weights)
+    dx, d_weights, d_gates = multiply_gradient(
+        saved.x, saved.weights, order, gates, saved.before, dy, zeros
     )
     return dx, d_weights, None, d_gates[order.row_of_pair].astype(saved.gates.dtype)
 
 
 routed_experts.defvjp(_forward, _backward)
+
+
+def multiply(
+    x: Float[Array, "T D"],
+    weights: SwiGLU,
+    order: Order | VisitorOrder,
+    gates: Float[Array, "N"],
+) -> tuple[Float[Array, "T D"], tuple[Float[Array, "N F"], Float[Array, "N F"]]]:
+    """The sum of each token's pairs; and W_gate x and W_up x of every pair.
+
+    Pairs stand as `order` sorts them, and so do their gates.
+    """
+    return lax.platform_dependent(
+        x, weights, order, gates, cpu=experts_blocked.forward, default=_forward_ragged
+    )
+
+
+def multiply_gradient(
+    x: Float[Array, "T D"],
+    weights: SwiGLU,
+    order: Order | VisitorOrder,
+    gates: Float[Array, "N"],
+    before: tuple[Float[Array, "N F"], Float[Array, "N F"]] | None,
+    dy: Float[Array, "T D"],
+    into: SwiGLU,
+) -> tuple[Float[Array, "T D"], SwiGLU, Float[Array, "N"]]:
+    """Gradients of x, weights and gates, given `multiply`'s second result and the gradient of y.
+
+    Args:
+        before: made again from x where it is None.
+        into: what the gradient of the matrices is added to, in its dtype.
+    """
+    return lax.platform_dependent(
+        x,
+        weights,
+        order,
+        gates,
+        before,
+        dy,
+        into,
+        cpu=experts_blocked.backward,
+        default=_backward_ragged,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,42 +136,47 @@ routed_experts.defvjp(_forward, _backward)
 
 
 def _forward_ragged(
-    x: Array, weights: SwiGLU, order: Order, gates: Array
+    x: Array, weights: SwiGLU, order: Order | VisitorOrder, gates: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    rows = x[order.token_of_row]
-    h, u = (
-        lax.ragged_dot(rows, matrix.swapaxes(1, 2), order.sizes)
-        for matrix in (weights.gate, weights.up)
-    )
+    h, u = _before(x[order.token_of_row], weights, order.sizes)
     inner = swiglu(h, u, gates)
     out = lax.ragged_dot(inner, weights.down.swapaxes(1, 2), order.sizes)
-    return sum_choices(out, order), (h, u)
+    return order.sum_choices(out), (h, u)
+
+
+def _before(rows: Array, weights: SwiGLU, sizes: Array) -> tuple[Array, Array]:
+    h, u = (lax.ragged_dot(rows, m.swapaxes(1, 2), sizes) for m in (weights.gate, weights.up))
+    return h, u
 
 
 def _backward_ragged(
     x: Array,
     weights: SwiGLU,
-    order: Order,
+    order: Order | VisitorOrder,
     gates: Array,
-    before: tuple[Array, Array],
+    before: tuple[Array, Array] | None,
     dy: Array,
+    into: SwiGLU,
 ) -> tuple[Array, SwiGLU, Array]:
     token, sizes = order.token_of_row, order.sizes
     rows, d_out = x[token], dy[token]
+    h, u = _before(rows, weights, sizes) if before is None else before
     d_inner = lax.ragged_dot(d_out, weights.down, sizes)
-    inner, d_gate, d_up, d_gates = swiglu_gradient(*before, gates, d_inner)
+    inner, d_gate, d_up, d_gates = swiglu_gradient(h, u, gates, d_inner)
     d_rows = lax.ragged_dot(d_gate, weights.gate, sizes) + lax.ragged_dot(d_up, weights.up, sizes)
     d_weights = SwiGLU(
-        _outer(d_gate, rows, sizes), _outer(d_up, rows, sizes), _outer(d_out, inner, sizes)
+        into.gate + _outer(d_gate, rows, sizes, into.gate.dtype),
+        into.up + _outer(d_up, rows, sizes, into.up.dtype),
+        into.down + _outer(d_out, inner, sizes, into.down.dtype),
     )
-    return sum_choices(d_rows, order), d_weights, d_gates
+    return order.sum_choices(d_rows), d_weights, d_gates
 
 
-def _outer(dy: Array, x: Array, sizes: Array) -> Array:
+def _outer(dy: Array, x: Array, sizes: Array, dtype: Any) -> Array:
     """Gradient of the matrices: dy^T x within each group, [E, out, in]."""
     rows_are_ragged = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[],
     )
-    return lax.ragged_dot_general(dy, x, sizes, rows_are_ragged)
+    return lax.ragged_dot_general(dy, x, sizes, rows_are_ragged, preferred_element_type=dtype)

@@ -15,12 +15,12 @@ from jax import lax
 from jaxtyping import Array
 
 from dsjax.kernels.blocks import BLOCKS, fold_blocks, fold_experts
-from dsjax.kernels.permutation import Order, sum_choices
+from dsjax.kernels.permutation import Order, VisitorOrder
 from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
 
 
 def forward(
-    x: Array, weights: SwiGLU, order: Order, gates: Array
+    x: Array, weights: SwiGLU, order: Order | VisitorOrder, gates: Array
 ) -> tuple[Array, tuple[Array, Array]]:
     """Sums over each token's choices [T, D], and W_gate x and W_up x of every row [N, F]."""
     rows, width = gates.size, weights.gate.shape[1]
@@ -32,7 +32,7 @@ def forward(
 
         def one_block(at: Array, count: int, carry: Any) -> Any:
             out, h_rows, u_rows = carry
-            h, u = jnp.split(_times_transposed(x[_rows(token, at, count)], wide), 2, axis=1)
+            h, u = _before(x[_rows(token, at, count)], wide)
             inner = swiglu(h, u, _rows(gates, at, count))
             out = _put(out, at, _times_transposed(inner, down))
             return out, _put(h_rows, at, h), _put(u_rows, at, u)
@@ -44,21 +44,25 @@ def forward(
 
     start = empty(x.shape[1]), empty(width), empty(width)
     out, h, u = fold_experts(order.sizes, one_expert, start)
-    return sum_choices(out, order), (h[:rows], u[:rows])
+    return order.sum_choices(out), (h[:rows], u[:rows])
 
 
 def backward(
     x: Array,
     weights: SwiGLU,
-    order: Order,
+    order: Order | VisitorOrder,
     gates: Array,
-    before: tuple[Array, Array],
+    before: tuple[Array, Array] | None,
     dy: Array,
+    into: SwiGLU,
 ) -> tuple[Array, SwiGLU, Array]:
-    """Gradients of x [T, D], of the matrices and of the rows' gates [N], given that of y."""
+    """Gradients of x [T, D], of the matrices and of the rows' gates [N], given that of y.
+
+    Those of the matrices are added to `into`; without `before` the pre-activations are made again.
+    """
     rows = gates.size
     token, gates = _padded(order.token_of_row), _padded(gates)
-    h_rows, u_rows = map(_padded, before)
+    kept = [] if before is None else [_padded(a) for a in before]
 
     def one_expert(expert: Array, begin: Array, size: Array, carry: Any) -> Any:
         wide = jnp.concatenate([weights.gate[expert], weights.up[expert]])
@@ -69,18 +73,16 @@ def backward(
             here = _rows(token, at, count)
             mine = at + jnp.arange(count) < begin + size
             d_out = jnp.where(mine[:, None], dy[here], 0)
-            h, u, gate = (_rows(a, at, count) for a in (h_rows, u_rows, gates))
-            inner, d_h, d_u, d_here = swiglu_gradient(h, u, gate, d_out @ down)
+            h, u = (_rows(a, at, count) for a in kept) if kept else _before(x[here], wide)
+            inner, d_h, d_u, d_here = swiglu_gradient(h, u, _rows(gates, at, count), d_out @ down)
             d_before = jnp.concatenate([d_h, d_u], axis=1)
-            return (
-                _put(d_rows, at, d_before @ wide),
-                _put(d_gates, at, d_here),
-                d_wide + _transposed_times(d_before, x[here]),
-                d_down + _transposed_times(d_out, inner),
-            )
+            d_wide += _transposed_times(d_before, x[here])
+            d_down += _transposed_times(d_out, inner)
+            return _put(d_rows, at, d_before @ wide), _put(d_gates, at, d_here), d_wide, d_down
 
         d_rows, d_gates, d_weights = carry
-        start = d_rows, d_gates, jnp.zeros(wide.shape), jnp.zeros(down.shape)
+        d_gate, d_up, d_down = (d[expert].astype(jnp.float32) for d in d_weights)
+        start = d_rows, d_gates, jnp.concatenate([d_gate, d_up]), d_down
         d_rows, d_gates, d_wide, d_down = fold_blocks(begin, size, BLOCKS, one_block, start)
         d_gate, d_up = jnp.split(d_wide, 2)
         parts = SwiGLU(d_gate, d_up, d_down)
@@ -89,10 +91,15 @@ def backward(
     start = (
         jnp.zeros((rows + BLOCKS[0], x.shape[1]), x.dtype),
         jnp.zeros(rows + BLOCKS[0]),
-        jax.tree.map(jnp.zeros_like, weights),
+        into,
     )
     d_rows, d_gates, d_weights = fold_experts(order.sizes, one_expert, start)
-    return sum_choices(d_rows, order), d_weights, d_gates[:rows]
+    return order.sum_choices(d_rows), d_weights, d_gates[:rows]
+
+
+def _before(x: Array, wide: Array) -> Any:
+    """The two pre-activations of a block of rows, from one product."""
+    return jnp.split(_times_transposed(x, wide), 2, axis=1)
 
 
 def _padded(x: Array) -> Array:

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels.blocks import BLOCKS, fold_blocks, fold_experts
-from dsjax.kernels.permutation import Order, sort_by_expert, sum_choices
+from dsjax.kernels.permutation import Order, sort_by_expert
 from dsjax.kernels.swiglu import SwiGLU, swiglu
 from dsjax.numerics.fp8 import dequantize_blocks
 
@@ -43,7 +43,7 @@ def apply_experts(
     rows = lax.platform_dependent(
         x, weights, scales, order, gate_of_row, cpu=_in_blocks, default=_ragged
     )
-    return sum_choices(rows, order)
+    return order.sum_choices(rows)
 
 
 def _widened(weights: SwiGLU, scales: SwiGLU | None, dtype: Any) -> SwiGLU:

@@ -1,0 +1,151 @@
+"""The routed experts where each device of a mesh axis owns some of them, and tokens travel.
+
+    y_t = sum_d sum_{k: expert k of t lives on d} g_tk expert_k(x_t)
+
+A device adds up what its experts make of a token before it sends it back, so a token crosses to a
+device as one row and comes back as one, and at most min(K, n) are added here. `sharding`'s
+`expert_parallel` tells which rows travel when, and why memory is bounded at any imbalance.
+
+The gradient is one rule for all of it. The forward pass keeps its arguments and nothing else: the
+backward pass sends x again, together with dy, makes the pre-activations again where the experts are
+(DeepSeek-V3, arXiv:2412.19437, section 3.3.3 keeps them; here they would have to be kept for as
+many tokens as may come), and sends back the gradients of x and of the gates.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsjax.kernels.experts import multiply, multiply_gradient
+from dsjax.kernels.permutation import VisitorOrder, sort_visitors
+from dsjax.kernels.swiglu import SwiGLU
+from sharding.expert_parallel import Journey, Window, exchange, exchange_whole, plan_journey
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def routed_experts_over(
+    axis: str,
+    x: Float[Array, "T D"],
+    weights: SwiGLU,
+    experts: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+) -> Float[Array, "T D"]:
+    """`routed_experts` for this device's tokens, with the experts of all devices along `axis`.
+
+    Called inside a `jax.shard_map`. Where the width F is split over another axis, the result is a
+    partial sum, for the caller to add up. The first round stands outside of any loop, for XLA to
+    run its exchange beside work that does not need it (the shared expert).
+
+    Args:
+        axis: the mesh axis, of n devices, that the experts are split over in order.
+        x: this device's tokens, in the dtype of `weights`.
+        weights: the matrices of this device's E/n experts.
+        experts: the K experts of each token, counted over all devices; one may come twice.
+        gates: what each choice counts.
+    """
+    return _forward(axis, x, weights, experts, gates)[0]
+
+
+class _Saved(NamedTuple):
+    x: Array
+    weights: SwiGLU
+    experts: Array
+    gates: Array
+
+
+class _Round(NamedTuple):
+    """One round as this device sees it: what it sends, and who has come."""
+
+    window: Window
+    visitors: VisitorOrder
+    gates: Array
+    """Of the visitors' pairs, as `visitors` sorts them."""
+    arrived: Array
+    """How many rows each device has sent here."""
+
+
+def _forward(
+    axis: str, x: Array, weights: SwiGLU, experts: Array, gates: Array
+) -> tuple[Array, _Saved]:
+    journey = _plan(axis, weights, experts)
+
+    def one_round(index: Array | int, y: Array) -> Array:
+        now = _introduce(axis, journey, index, weights, experts, gates)
+        rows = exchange(axis, x[now.window.token_of_row], now.window.rows, now.arrived)
+        out, _ = multiply(_flat(rows), weights, now.visitors, now.gates)
+        back = exchange(axis, out.reshape(rows.shape), now.arrived, now.window.rows)
+        return y + journey.sum_rows(index, back)
+
+    y = one_round(0, jnp.zeros(x.shape, jnp.float32))
+    y = lax.fori_loop(1, journey.rounds(), one_round, y)
+    return y.astype(x.dtype), _Saved(x, weights, experts, gates)
+
+
+def _backward(axis: str, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
+    # The barrier keeps XLA from seeing that x travelled before, and keeping what arrived till now.
+    (x, weights, experts, gates), dy = lax.optimization_barrier((saved, dy))
+    journey = _plan(axis, weights, experts)
+
+    def one_round(
+        index: Array | int, sums: tuple[Array, SwiGLU, Array]
+    ) -> tuple[Array, SwiGLU, Array]:
+        dx, d_weights, d_gates = sums
+        now = _introduce(axis, journey, index, weights, experts, gates)
+        x_rows, dy_rows = (
+            exchange(axis, a[now.window.token_of_row], now.window.rows, now.arrived)
+            for a in (x, dy)
+        )
+        d_rows, d_weights, d_pairs = multiply_gradient(
+            _flat(x_rows), weights, now.visitors, now.gates, None, _flat(dy_rows), d_weights
+        )
+        back = exchange(axis, d_rows.reshape(x_rows.shape), now.arrived, now.window.rows)
+        d_pairs = exchange_whole(axis, d_pairs[now.visitors.row_of_pair])
+        return (
+            dx + journey.sum_rows(index, back),
+            d_weights,
+            d_gates + journey.pick_pairs(index, d_pairs),
+        )
+
+    zeros = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, jnp.float32))
+    sums = one_round(0, (zeros(x), zeros(weights), zeros(gates)))
+    dx, d_weights, d_gates = lax.fori_loop(1, journey.rounds(), one_round, sums)
+    d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
+    return dx.astype(x.dtype), d_weights, None, d_gates.astype(gates.dtype)
+
+
+routed_experts_over.defvjp(_forward, _backward)
+
+
+def _plan(axis: str, weights: SwiGLU, experts: Array) -> Journey:
+    return plan_journey(experts // len(weights.gate), lax.axis_size(axis))
+
+
+def _introduce(
+    axis: str,
+    journey: Journey,
+    index: Array | int,
+    weights: SwiGLU,
+    experts: Array,
+    gates: Array,
+) -> _Round:
+    """Tell each device which pairs this round's rows bring, all in one message."""
+    window, count = journey.pack(index), len(weights.gate)
+    expert = jnp.where(window.real, experts.ravel()[window.pair] % count, count)
+    gate = lax.bitcast_convert_type(gates.astype(jnp.float32), jnp.int32).ravel()[window.pair]
+    message = jnp.concatenate([expert, window.row_of_pair, gate, window.pairs_of_row], axis=1)
+    message = exchange_whole(axis, message.astype(jnp.int32))
+    ends = [journey.room.pairs * n for n in (1, 2, 3)]
+    expert, row, gate, pairs = jnp.split(message, ends, axis=1)
+    visitors, pair = sort_visitors(expert, row, pairs, count)
+    gate = lax.bitcast_convert_type(gate, jnp.float32).ravel()[pair]
+    return _Round(window, visitors, gate, (pairs > 0).sum(1))
+
+
+def _flat(rows: Array) -> Array:
+    return rows.reshape(-1, rows.shape[-1])

@@ -1,0 +1,290 @@
+"""Tokens travel to the devices that own their experts, and what is made of them travels back.
+
+Called inside a `jax.shard_map` whose mesh has an axis of n devices that share T x n tokens. Each of
+a token's K choices names the device it goes to (a pair of token and device); a token crosses to a
+device once, as one row, however many of its pairs lead there.
+
+No pair is dropped and memory is bounded, in rounds. For every (source, destination) the pairs, in
+the order of their tokens, are cut into windows of p = ceil(SLACK T K / n) pairs, a token never cut
+through; a round moves one window of every (source, destination). Where tokens spread evenly there
+is one round, and where all go to one device about n / SLACK. A window has at most
+
+    c = min(p, T) rows   and   q = p + K - 1 pairs,
+
+so a device holds n c rows and n q pairs at a time whatever the routing: at most SLACK T K + n rows.
+
+DeepSeek-V3 (arXiv:2412.19437) section 3.2.2 sends a token to a node once and spreads it inside;
+here the mesh axis is flat, and a device is what is visited once. `traffic` counts the bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+SLACK = 1.5
+"""A window's room over the pairs that it would hold if tokens spread evenly."""
+
+
+class Room(NamedTuple):
+    """What a window holds at most, the same for every pair of devices."""
+
+    step: int
+    """p: a token belongs to window i // p when i of the pairs to its destination come before it."""
+    rows: int
+    """c"""
+    pairs: int
+    """q"""
+    windows: int
+    """Windows of a destination that takes every pair."""
+
+    @classmethod
+    def of(cls, tokens: int, choices: int, devices: int) -> Room:
+        """The room for T tokens of K choices each, on each of n devices."""
+        pairs = tokens * choices
+        step = min(math.ceil(SLACK * pairs / devices), pairs)
+        return cls(step, min(step, tokens), min(step + choices - 1, pairs), -(-pairs // step))
+
+
+class Window(NamedTuple):
+    """What one device sends to each of n in one round; where `real` is false there is nothing."""
+
+    rows: Int[Array, "n"]
+    token_of_row: Int[Array, "n c"]
+    pairs_of_row: Int[Array, "n c"]
+    """How many of the window's pairs a row brings; rows with many come first."""
+    pair: Int[Array, "n q"]
+    """Which of the T x K pairs, row by row."""
+    row_of_pair: Int[Array, "n q"]
+    """The row in its window."""
+    real: Bool[Array, "n q"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Journey:
+    """All windows of one device's N = T x K pairs, as `plan_journey` cut them.
+
+    Pairs stand in the order in which they travel: by segment, which is a destination and a window
+    of it, and inside by rows. S = n x `room.windows` counts the segments.
+    """
+
+    room: Room
+    devices: int
+    window: Int[Array, "T K"]
+    """The round in which a pair travels."""
+    pairs_of_row: Int[Array, "T K"]
+    """How many of the token's pairs go to the device that this pair goes to."""
+    pair_of_place: Int[Array, "N"]
+    row_of_place: Int[Array, "N"]
+    """The row of its window."""
+    place_of_row: Int[Array, "N"]
+    """Where the pairs of each row begin, rows counted through all windows."""
+    pairs_before: Int[Array, "S+1"]
+    rows_before: Int[Array, "S+1"]
+    spot: Int[Array, "T K"]
+    """Where a pair lies among the n x q of its round."""
+    rows: Int[Array, "T M"]
+    """The rows that a token is, of the n x c of their rounds; n x c where it has fewer than M."""
+    window_of_row: Int[Array, "T M"]
+
+    def rounds(self) -> Int[Array, ""]:
+        """How many rounds move everything, on every device of the mesh.
+
+        Devices that exchange must agree on it; those that do not could differ, but programs whose
+        loops run apart are asking every backend for trouble, and one integer is little to share.
+        """
+        mine = self.window.max() + 1
+        return lax.pmax(mine, jax.sharding.get_abstract_mesh().manual_axes)
+
+    def pack(self, index: Int[Array, ""] | int) -> Window:
+        """The windows of one round."""
+        segment = jnp.arange(self.devices) * self.room.windows + index
+
+        def stretch(before: Array, count: int) -> tuple[Array, Array]:
+            at = before[segment][:, None] + jnp.arange(count)[None]
+            return jnp.minimum(at, self.pair_of_place.size - 1), at < before[segment + 1][:, None]
+
+        row, exists = stretch(self.rows_before, self.room.rows)
+        first = self.pair_of_place[self.place_of_row[row]]
+        place, real = stretch(self.pairs_before, self.room.pairs)
+        return Window(
+            rows=exists.sum(1),
+            token_of_row=first // self.window.shape[1],
+            pairs_of_row=jnp.where(exists, self.pairs_of_row.ravel()[first], 0),
+            pair=self.pair_of_place[place],
+            row_of_pair=self.row_of_place[place],
+            real=real,
+        )
+
+    def sum_rows(self, index: Int[Array, ""] | int, back: Shaped[Array, "n c D"]) -> Array:
+        """The sum in float32 of the rows that came back for each token [T, D], in this round."""
+        back = back.reshape(-1, back.shape[-1])
+        at = jnp.where(self.window_of_row == index, self.rows, len(back))
+        total = jnp.zeros((), jnp.float32)
+        for column in range(at.shape[1]):
+            rows = back.at[at[:, column]].get(mode="fill", fill_value=0)
+            total = total + rows.astype(jnp.float32)
+        return total
+
+    def pick_pairs(self, index: Int[Array, ""] | int, back: Float[Array, "n q"]) -> Array:
+        """What came back for each pair [T, K] in this round; 0 for those of other rounds."""
+        return jnp.where(self.window == index, back.ravel()[self.spot], 0)
+
+
+def plan_journey(destinations: Int[Array, "T K"], devices: int) -> Journey:
+    """Cut the pairs of T tokens into windows; `destinations` is the device of each, below n.
+
+    Inside a window rows with many pairs come first (a stable sort), so that who receives them adds
+    up their pairs row by row without looking at those that do not exist.
+    """
+    tokens, choices = destinations.shape
+    room = Room.of(tokens, choices, devices)
+    load = (destinations[:, :, None] == jnp.arange(devices)[None, None]).sum(1)
+    window = _of_pair(jnp.cumsum(load, 0) - load, destinations) // room.step
+    segment = destinations * room.windows + window
+    together = _of_pair(load, destinations)
+    pair_of_place = jnp.argsort((segment * choices + choices - together).ravel(), stable=True)
+    place_of_pair = _inverse(pair_of_place).reshape(destinations.shape)
+
+    token, segment_of_place = pair_of_place // choices, segment.ravel()[pair_of_place]
+    same = (token[1:] == token[:-1]) & (segment_of_place[1:] == segment_of_place[:-1])
+    opens = jnp.pad(~same, (1, 0), constant_values=True)
+    rows_through = jnp.cumsum(opens)
+    pairs_before = jnp.searchsorted(segment_of_place, jnp.arange(devices * room.windows + 1))
+    rows_before = jnp.pad(rows_through, (1, 0))[pairs_before]
+    row_of_place = rows_through - 1 - rows_before[segment_of_place]
+
+    opening = opens[place_of_pair]
+    column = jnp.argsort(~opening, axis=1, stable=True)[:, : min(choices, devices)]
+    row = jnp.where(
+        opening, destinations * room.rows + row_of_place[place_of_pair], devices * room.rows
+    )
+    return Journey(
+        room=room,
+        devices=devices,
+        window=window,
+        pairs_of_row=together,
+        pair_of_place=pair_of_place,
+        row_of_place=row_of_place,
+        place_of_row=jnp.nonzero(opens, size=opens.size, fill_value=0)[0],
+        pairs_before=pairs_before,
+        rows_before=rows_before,
+        spot=destinations * room.pairs + place_of_pair - pairs_before[segment],
+        rows=_of_pair(row, column),
+        window_of_row=_of_pair(window, column),
+    )
+
+
+def _of_pair(table: Array, column: Array) -> Array:
+    """table[t, column[t, k]]"""
+    return jnp.take_along_axis(table, column, axis=1)
+
+
+def _inverse(permutation: Array) -> Array:
+    places = jnp.arange(permutation.size, dtype=permutation.dtype)
+    return jnp.zeros_like(places).at[permutation].set(places, unique_indices=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The exchange
+# ---------------------------------------------------------------------------------------------
+
+
+def exchange(
+    axis: str,
+    rows: Shaped[Array, "n c D"],
+    sent: Int[Array, "n"],
+    received: Int[Array, "n"],
+) -> Shaped[Array, "n c D"]:
+    """The d-th of n windows to device d of the axis, and one window back from each.
+
+    Only the first `sent[d]` rows of a window exist, and `received[s]` of what device s sent here;
+    the rest of the result is undefined. Where XLA has a ragged all-to-all (TPU, GPU) only rows that
+    exist travel; on a CPU, which has none, whole windows do.
+    """
+    return lax.platform_dependent(
+        rows, sent, received, cpu=partial(_exchange_windows, axis), default=partial(_ragged, axis)
+    )
+
+
+def exchange_whole(axis: str, windows: Shaped[Array, "n Q"]) -> Shaped[Array, "n Q"]:
+    """The d-th of n rows to device d of the axis, and one back from each: for a few numbers."""
+    return lax.all_to_all(windows, axis, 0, 0, tiled=True)
+
+
+def _exchange_windows(axis: str, rows: Array, sent: Array, received: Array) -> Array:
+    return lax.all_to_all(rows, axis, 0, 0, tiled=True)
+
+
+def _ragged(axis: str, rows: Array, sent: Array, received: Array) -> Array:
+    devices, room = rows.shape[:2]
+    here = lax.axis_index(axis)
+    begins = jnp.arange(devices, dtype=jnp.int32) * room
+    flat = rows.reshape(devices * room, *rows.shape[2:])
+    arrived = lax.ragged_all_to_all(
+        flat,
+        jnp.zeros_like(flat),
+        begins,
+        sent.astype(jnp.int32),
+        jnp.full(devices, here * room, jnp.int32),
+        received.astype(jnp.int32),
+        axis_name=axis,
+    )
+    return arrived.reshape(rows.shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# What it costs
+# ---------------------------------------------------------------------------------------------
+
+
+class Traffic(NamedTuple):
+    """Bytes that one device sends to others for one layer; as many arrive."""
+
+    forward: float
+    backward: float
+
+
+def traffic(
+    tokens: int,
+    choices: int,
+    devices: int,
+    embed: int,
+    *,
+    reach: int | None = None,
+    balanced: bool = True,
+    itemsize: int = 2,
+) -> Traffic:
+    """Bytes of rows that leave a device with T tokens of K choices each, embed numbers a row.
+
+    Forward, a token's row goes to each other device that it visits, and one comes back; backward
+    two go (x and the gradient of y) and one comes back. So a device sends 2 v and 3 v rows, where
+
+        v = T (n - 1) (1 - (1 - 1/r)^K) r / n     if choices are even over the r devices in reach
+        v = T min(K, r, n - 1)                    at worst: no choice at home, no two at one place
+
+    and r is n, or less where routing is limited to groups (DeepSeek-V3 section 2.1.2: a token
+    reaches topk_group of n_group groups, on n topk_group / n_group devices). The worst holds for a
+    device's tokens; what it sends back for others is as much if they are as many.
+
+    The pairs themselves, 12 bytes each, are left out: T K SLACK of them, some 1% at embed 7168.
+
+    Args:
+        reach: devices that a token can visit; all of them by default.
+        balanced: choices spread evenly, or the worst case.
+        itemsize: bytes of a number, 2 in bfloat16.
+    """
+    reach = devices if reach is None else min(reach, devices)
+    if balanced:
+        visits = (devices - 1) / devices * reach * (1 - (1 - 1 / reach) ** choices)
+    else:
+        visits = min(choices, reach, devices - 1)
+    row = tokens * visits * embed * itemsize
+    return Traffic(2 * row, 3 * row)
