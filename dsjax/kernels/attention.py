@@ -19,11 +19,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 128
-"""Queries and keys of one block: 64 KiB of scores a head, which stay in a core's cache."""
-
-MASKED = -1e30
-"""A score no real one reaches; finite, so that no difference of two becomes NaN."""
+from dsjax.kernels.attention_blocks import (
+    BLOCK,
+    MASKED,
+    Gathered,
+    Keys,
+    Queries,
+    attend,
+    attend_backward,
+    block,
+    heads_first,
+    inner_products,
+    nothing_yet,
+    pad_ids,
+    put_block,
+)
 
 
 def causal_attention_reference(
@@ -59,15 +69,9 @@ def causal_attention(
 
     Rows are padded to whole blocks with a segment of their own.
     """
-    length = q.shape[1]
-    padding = -length % BLOCK
-
-    def heads_first(x: Array) -> Array:
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
-
-    ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
+    ids = pad_ids(segment_ids)
     out: Array = _attention(heads_first(q), heads_first(k), heads_first(v), ids, scale)
-    return out[:, :, :length].swapaxes(1, 2)
+    return out[:, :, : q.shape[1]].swapaxes(1, 2)
 
 
 class _Saved(NamedTuple):
@@ -87,33 +91,13 @@ def _attention(q: Array, k: Array, v: Array, ids: Array, scale: float) -> Array:
 
 
 def _forward(q: Array, k: Array, v: Array, ids: Array, scale: float) -> tuple[Array, _Saved]:
-    rows = q.shape[:2]
+    keys = Keys(k, v, ids, 0)
 
     def query_block(i: Array) -> tuple[Array, Array]:
-        q_i = _block(q, i)
-
-        def key_block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            maximum, total, out = carry
-            scores = jnp.where(_allowed(ids, i, j), _scores(q_i, _block(k, j), scale), MASKED)
-            higher = jnp.maximum(maximum, scores.max(-1))
-            weights = jnp.exp(scores - higher[..., None])
-            shrink = jnp.exp(maximum - higher)
-            added = jnp.einsum(
-                "bhqk,bhkv->bhqv",
-                weights.astype(v.dtype),
-                _block(v, j),
-                preferred_element_type=jnp.float32,
-            )
-            return (
-                higher,
-                total * shrink + weights.sum(-1),
-                out * shrink[..., None] + added,
-            )
-
-        zeros = jnp.zeros((*rows, BLOCK))
-        start = zeros + MASKED, zeros, jnp.zeros((*rows, BLOCK, v.shape[-1]))
-        maximum, total, out = lax.fori_loop(0, i + 1, key_block, start)
-        return (out / total[..., None]).astype(v.dtype), maximum + jnp.log(total)
+        queries = Queries(block(q, i), block(ids, i, 1), i)
+        start = nothing_yet(queries.q.shape[:3], v.shape[-1])
+        out, log_sum = attend(start, queries, keys, scale).finished()
+        return out.astype(v.dtype), log_sum
 
     out, log_sum = lax.map(query_block, jnp.arange(q.shape[2] // BLOCK))
     out = jnp.moveaxis(out, 0, 2).reshape(v.shape)
@@ -123,33 +107,16 @@ def _forward(q: Array, k: Array, v: Array, ids: Array, scale: float) -> tuple[Ar
 
 def _backward(scale: float, saved: _Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, ids, out, log_sum = saved
-    # sum_j p_ij dp_ij of the softmax's gradient, which is also out_i . d_out_i
-    inner = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+    keys = Keys(k, v, ids, 0)
+    inner = inner_products(out, d_out)
 
     def query_block(i: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        q_i, d_out_i = _block(q, i), _block(d_out, i)
-        log_sum_i, inner_i = _block(log_sum, i)[..., None], _block(inner, i)[..., None]
-
-        def key_block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            d_q_i, d_k, d_v = carry
-            k_j, v_j = _block(k, j), _block(v, j)
-            weights = jnp.exp(_scores(q_i, k_j, scale) - log_sum_i)
-            weights = jnp.where(_allowed(ids, i, j), weights, 0)
-            d_weights = jnp.einsum(
-                "bhqv,bhkv->bhqk", d_out_i, v_j, preferred_element_type=jnp.float32
-            )
-            d_scores = (weights * (d_weights - inner_i) * scale).astype(q.dtype)
-            d_v = _add(d_v, j, "bhqk,bhqv->bhkv", weights.astype(q.dtype), d_out_i)
-            d_k = _add(d_k, j, "bhqk,bhqd->bhkd", d_scores, q_i)
-            d_q_i += jnp.einsum(
-                "bhqk,bhkd->bhqd", d_scores, k_j, preferred_element_type=jnp.float32
-            )
-            return d_q_i, d_k, d_v
-
         d_q, d_k, d_v = grads
-        start = jnp.zeros(q_i.shape, jnp.float32), d_k, d_v
-        d_q_i, d_k, d_v = lax.fori_loop(0, i + 1, key_block, start)
-        return lax.dynamic_update_slice_in_dim(d_q, d_q_i, i * BLOCK, 2), d_k, d_v
+        queries = Queries(block(q, i), block(ids, i, 1), i)
+        known = Gathered(block(d_out, i), block(log_sum, i), block(inner, i))
+        start = jnp.zeros(queries.q.shape, jnp.float32), d_k, d_v
+        d_q_i, d_k, d_v = attend_backward(start, queries, keys, known, scale)
+        return put_block(d_q, d_q_i, i), d_k, d_v
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     d_q, d_k, d_v = lax.fori_loop(0, q.shape[2] // BLOCK, query_block, zeros)
@@ -157,27 +124,3 @@ def _backward(scale: float, saved: _Saved, d_out: Array) -> tuple[Array, Array, 
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _block(x: Array, index: Array) -> Array:
-    """Block `index` of the sequence, axis 2."""
-    return lax.dynamic_slice_in_dim(x, index * BLOCK, BLOCK, 2)
-
-
-def _add(total: Array, index: Array, product: str, a: Array, b: Array) -> Array:
-    """Add a product to block `index` of a float32 sum."""
-    added = jnp.einsum(product, a, b, preferred_element_type=jnp.float32)
-    return lax.dynamic_update_slice_in_dim(total, _block(total, index) + added, index * BLOCK, 2)
-
-
-def _scores(q: Array, k: Array, scale: float) -> Array:
-    return jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
-
-
-def _allowed(ids: Array, i: Array, j: Array) -> Array:
-    """Which keys of block j the queries of block i may see, [B, 1, BLOCK, BLOCK]."""
-    places = jnp.arange(BLOCK)
-    causal = (i * BLOCK + places)[:, None] >= (j * BLOCK + places)[None, :]
-    q_ids = lax.dynamic_slice_in_dim(ids, i * BLOCK, BLOCK, 1)
-    k_ids = lax.dynamic_slice_in_dim(ids, j * BLOCK, BLOCK, 1)
-    return ((q_ids[:, :, None] == k_ids[:, None, :]) & causal[None])[:, None]
