@@ -13,6 +13,7 @@ import json
 import os
 import time
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 # The compiler asks for the machine it would run on; and nothing here is to run.
@@ -22,7 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 def main() -> None:
     """One line of JSON, and one of text, for each number of layers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="a YAML file, or a name under configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--topology", required=True, help="such as v5p:8x8x8")
@@ -44,7 +45,6 @@ def compile_step(config: Any, topology: str) -> dict[str, Any]:
     """Lower and compile the step of `config`; bytes are those of one chip."""
     import jax
     import jax.numpy as jnp
-    import jaxlib
     from jax.experimental import topologies
 
     from dsjax.checkpoint.store import abstract_on
@@ -61,11 +61,9 @@ def compile_step(config: Any, topology: str) -> dict[str, Any]:
     training = config.training
     slots = int(max(stage.value for stage in training.batch_size)) // training.microbatch_size
     shape = (slots, training.microbatch_size, config.data.sequence_length)
-    rows = jax.ShapeDtypeStruct(
-        shape, jnp.int32, sharding=layout.sharding((None, "batch", None), shape)
-    )
-    everywhere = layout.sharding((), ())
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    spread, everywhere = layout.sharding((None, "batch", None), shape), layout.sharding((), ())
+    rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spread)
+    number: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     arguments = abstract_on(abstract, shardings), Batch(rows, rows), count, Knobs(*[number] * 3)
     with use_layout(layout):
@@ -74,7 +72,7 @@ def compile_step(config: Any, topology: str) -> dict[str, Any]:
         traced = time.monotonic()
         compiled = lowered.compile()
         done = time.monotonic()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     held += memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -87,7 +85,7 @@ def compile_step(config: Any, topology: str) -> dict[str, Any]:
         "peak_gb": held / 1e9,
         "trace_seconds": traced - begin,
         "compile_seconds": done - traced,
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu")},
     }
 
 

@@ -141,6 +141,12 @@ def sequence_part(x: Array) -> Array:
     return local_places(x, axes[0]) if axes else x
 
 
+def sequence_axis() -> str | None:
+    """The mesh axis that sequences are split over; None where they are whole."""
+    axes = _split("sequence")
+    return axes[0] if axes else None
+
+
 def whole_sequence(x: Array) -> Array:
     """Every place of [B, S, ...], of which this device has `sequence_part`: for small arrays."""
     axes = _split("sequence")

@@ -84,6 +84,8 @@ class Layout:
                         f"rules: {logical!r} goes to mesh axis {axis!r}, but the mesh has "
                         f"{tuple(self.mesh.shape)}; use one of those"
                     )
+        if len(cut := self.rules["sequence"]) > 1:
+            raise UserError(f"rules: 'sequence' goes to {cut}; a ring has one mesh axis, name one")
 
     def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
         """The `PartitionSpec` of an array whose dimensions carry these logical names.

@@ -6,6 +6,9 @@ their rotation and the values of the heads that share them, side by side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,9 +17,10 @@ from jaxtyping import Array, Float, Int
 from dsjax.architecture import DenseConfig
 from dsjax.kernels.attention import causal_attention
 from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
+from dsjax.kernels.ring_attention import ring_attention
 from dsjax.model.layers import Linear, RMSNorm
 from dsjax.model.rope import RotaryTable, rotate_halves, softmax_scale
-from sharding.by_hand import first_place
+from sharding.by_hand import first_place, is_split, sequence_axis
 from sharding.rules import constrain
 
 
@@ -52,13 +56,16 @@ class GQA(nnx.Module):
         segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
         """Causal attention among the tokens of x."""
-        q, k, v = self._projected(x, table)
-        # Every query's own: a device that has some of the queries needs the keys of those.
-        first = first_place("heads", q.shape[2]) + jnp.arange(q.shape[2])
-        mine = first // (self.config.num_attention_heads // self.config.num_key_value_heads)
-        k, v = (heads[:, :, mine] for heads in (k, v))
-        k, v = (constrain(heads, "batch", "sequence", "heads", None) for heads in (k, v))
-        return self.out(causal_attention(q, k, v, segment_ids, softmax_scale(self.config)))
+        q, *few = self._projected(x, table)
+        shared = self.config.num_attention_heads // self.config.num_key_value_heads
+        expand = partial(_of_queries, q.shape[2], shared)
+        scale = softmax_scale(self.config)
+        heads: Array
+        if (axis := sequence_axis()) is not None:
+            heads = ring_attention(axis, q, tuple(few), segment_ids, (), expand, scale)
+        else:
+            heads = causal_attention(q, *expand(few, ()), segment_ids, scale)
+        return self.out(heads)
 
     def extend(
         self,
@@ -88,3 +95,20 @@ class GQA(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = constrain(q, "batch", "sequence", "heads", None)
         return rotate_halves(q, table), rotate_halves(k, table), v
+
+
+def _of_queries(count: int, shared: int, few: Sequence[Array], _: tuple[()]) -> tuple[Array, Array]:
+    """Keys and values [B, S, H, K] for each of this device's `count` query heads.
+
+    A device that has some of the queries has all keys, and needs those of its own.
+    """
+
+    def mine(heads: Array) -> Array:
+        of_all = jnp.repeat(heads, shared, axis=2)
+        if is_split("heads"):
+            first = first_place("heads", count)
+            return jax.lax.dynamic_slice_in_dim(of_all, first, count, 2)
+        return constrain(of_all, "batch", "sequence", "heads", None)
+
+    k, v = map(mine, few)
+    return k, v

@@ -117,7 +117,7 @@ def tree_shardings(tree: Tree, layout: Layout) -> Tree:
 
 
 def tree_places(tree: Tree) -> Tree | None:
-    """For `by_hand`: the `PartitionSpec` of each array under the current layout, if there is one."""
+    """For `by_hand`: each array's `PartitionSpec` under the current layout, if there is one."""
     layout = current_layout()
     return layout and jax.tree.map(lambda place: place.spec, tree_shardings(tree, layout))
 

@@ -13,6 +13,7 @@ The cache holds kv_lora_rank + qk_rope_head_dim numbers a token a layer, nothing
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ from jaxtyping import Array, Float, Int
 from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.attention import causal_attention
 from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
+from dsjax.kernels.ring_attention import ring_attention
 from dsjax.model.layers import Linear, RMSNorm, scale_of, use
 from dsjax.model.rope import RotaryTable, rotate_pairs, softmax_scale
+from sharding.by_hand import sequence_axis
 from sharding.rules import constrain
 
 LATENT_NORM_EPS = 1e-6
@@ -75,13 +78,18 @@ class MLA(nnx.Module):
         table: RotaryTable,
         segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
-        """Causal attention among the tokens of x."""
-        c_kv, k_rope = self._latent(x, table)
-        key_value = constrain(self.kv_b(c_kv), "batch", "sequence", "heads", None)
-        k_nope, v = jnp.split(key_value, [self.config.qk_nope_head_dim], axis=-1)
+        """Causal attention among the tokens of x; where a sequence is split, its latents travel."""
+        latent = self._latent(x, table)
         q = jnp.concatenate(self._queries(x, table), axis=-1)
-        k = _with_shared(k_nope, k_rope)
-        return self.out(causal_attention(q, k, v, segment_ids, softmax_scale(self.config)))
+        weight = use(self.kv_b.weight, x.dtype, scale_of(self.kv_b, "weight"))
+        expand = partial(_expand, self.config.qk_nope_head_dim)
+        scale = softmax_scale(self.config)
+        heads: Array
+        if (axis := sequence_axis()) is not None:
+            heads = ring_attention(axis, q, latent, segment_ids, weight, expand, scale)
+        else:
+            heads = causal_attention(q, *expand(latent, weight), segment_ids, scale)
+        return self.out(heads)
 
     def extend(
         self,
@@ -147,6 +155,17 @@ class MLA(nnx.Module):
         """What attention remembers of tokens: c_kv after its norm, k_rope after its rotation."""
         c_kv, k_rope = jnp.split(self.kv_a(x), [self.config.kv_lora_rank], axis=-1)
         return self.kv_a_norm(c_kv), rotate_pairs(k_rope, table)
+
+
+def _expand(
+    nope: int, latent: tuple[Array, Array], weight: Float[Array, "H N R"]
+) -> tuple[Array, Array]:
+    """Keys [B, S, H, nope + rope] and values [B, S, H, V] of all heads, from what travels."""
+    c_kv, k_rope = latent
+    key_value = jnp.einsum("bsr,hnr->bshn", c_kv, weight)
+    key_value = constrain(key_value, "batch", "sequence", "heads", None)
+    k_nope, v = jnp.split(key_value, [nope], axis=-1)
+    return _with_shared(k_nope, k_rope), v
 
 
 def _with_shared(k_nope: Array, k_rope: Array) -> Array:

@@ -132,6 +132,7 @@ class Experts(nnx.Module):
             weights, blocks = SwiGLU(*(weight[...] for weight in held)), SwiGLU(*blocks)
             return apply_experts(x, weights, routing.experts, routing.gates, blocks)
         weights = SwiGLU(*(use(w, x.dtype, s) for w, s in zip(held, scales, strict=True)))
+        y: Array
         if (axis := token_exchange_axis()) is not None:
             y = routed_experts_over(axis, x, weights, routing.experts, routing.gates)
         else:

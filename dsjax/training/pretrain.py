@@ -39,6 +39,7 @@ from dsjax.training.picture import draw_run
 from dsjax.training.signals import catch_termination
 from dsjax.training.step import TrainState, init_state
 from dsjax.training.summary import show_summary, summary_of
+from sharding.context_parallel import check_context
 from sharding.mesh import make_mesh
 from sharding.rules import TRAIN_RULES, Layout, use_layout
 
@@ -100,12 +101,13 @@ def _rules(config: RunConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _check_batch(config: RunConfig, layout: Layout) -> None:
-    """Say before any work that microbatches do not divide over the mesh."""
-    shape = (config.training.microbatch_size, config.data.sequence_length)
+    """Say before any work that microbatches or sequences do not divide over the mesh."""
+    rows = config.training.microbatch_size
     try:
-        layout.spec(("batch", "sequence"), shape)
+        layout.spec(("batch",), (rows,))
     except UserError as error:
-        raise UserError(f"training.microbatch_size={shape[0]}: {error}") from None
+        raise UserError(f"training.microbatch_size={rows}: {error}") from None
+    check_context(config.data.sequence_length, layout.ways("sequence"))
 
 
 def _tokenizer(config: RunConfig, corpus: Corpus, folder: Path, console: Console) -> Tokenizer:

@@ -19,9 +19,9 @@ def layout() -> Layout:
 
 
 def test_one_axis_takes_what_the_others_leave() -> None:
-    assert dict(make_mesh().shape) == dict(data=1, fsdp=8, expert=1, tensor=1)
+    assert dict(make_mesh().shape) == dict(data=1, fsdp=8, expert=1, context=1, tensor=1)
     mesh = make_mesh({"fsdp": "auto", "tensor": 4})
-    assert dict(mesh.shape) == dict(data=1, fsdp=2, expert=1, tensor=4)
+    assert dict(mesh.shape) == dict(data=1, fsdp=2, expert=1, context=1, tensor=4)
     assert dict(make_mesh({}, jax.devices()[:1]).shape) == dict.fromkeys(AXES, 1)
 
 
@@ -42,8 +42,8 @@ def test_impossible_meshes_are_refused(sizes: dict, message: str) -> None:
 
 
 def test_names_become_mesh_axes(layout: Layout) -> None:
-    assert layout.spec(("expert", "mlp", "embed"), (8, 6, 4)) == PartitionSpec(
-        ("expert",), ("tensor",), ("fsdp",)
+    assert layout.spec(("expert", "mlp", "expert_embed"), (8, 6, 4)) == PartitionSpec(
+        ("expert",), ("tensor",), ("fsdp", "context")
     )
     assert layout.spec((None, "norm"), (3, 5)) == PartitionSpec(None, None)
 
