@@ -72,7 +72,7 @@ class Journey:
     """All windows of one device's N = T x K pairs, as `plan_journey` cut them.
 
     Pairs stand in the order in which they travel: by segment, which is a destination and a window
-    of it, and inside by rows. S = n x `room.windows` counts the segments.
+    of it, and inside by rows; L = n x `room.windows` + 1, one more than there are segments.
     """
 
     room: Room
@@ -86,8 +86,8 @@ class Journey:
     """The row of its window."""
     place_of_row: Int[Array, "N"]
     """Where the pairs of each row begin, rows counted through all windows."""
-    pairs_before: Int[Array, "S+1"]
-    rows_before: Int[Array, "S+1"]
+    pairs_before: Int[Array, "L"]
+    rows_before: Int[Array, "L"]
     spot: Int[Array, "T K"]
     """Where a pair lies among the n x q of its round."""
     rows: Int[Array, "T M"]

@@ -14,8 +14,9 @@ many tokens as may come), and sends back the gradients of x and of the gates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from dsjax.kernels.experts import multiply, multiply_gradient
 from dsjax.kernels.permutation import VisitorOrder, sort_visitors
 from dsjax.kernels.swiglu import SwiGLU
 from sharding.expert_parallel import Journey, Window, exchange, exchange_whole, plan_journey
+
+Sums = TypeVar("Sums")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -39,8 +42,7 @@ def routed_experts_over(
     """`routed_experts` for this device's tokens, with the experts of all devices along `axis`.
 
     Called inside a `jax.shard_map`. Where the width F is split over another axis, the result is a
-    partial sum, for the caller to add up. The first round stands outside of any loop, for XLA to
-    run its exchange beside work that does not need it (the shared expert).
+    partial sum, for the caller to add up.
 
     Args:
         axis: the mesh axis, of n devices, that the experts are split over in order.
@@ -82,8 +84,7 @@ def _forward(
         back = exchange(axis, out.reshape(rows.shape), now.arrived, now.window.rows)
         return y + journey.sum_rows(index, back)
 
-    y = one_round(0, jnp.zeros(x.shape, jnp.float32))
-    y = lax.fori_loop(1, journey.rounds(), one_round, y)
+    y = _fold_rounds(journey, one_round, jnp.zeros(x.shape, jnp.float32))
     return y.astype(x.dtype), _Saved(x, weights, experts, gates)
 
 
@@ -113,8 +114,8 @@ def _backward(axis: str, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None,
         )
 
     zeros = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, jnp.float32))
-    sums = one_round(0, (zeros(x), zeros(weights), zeros(gates)))
-    dx, d_weights, d_gates = lax.fori_loop(1, journey.rounds(), one_round, sums)
+    start = zeros(x), zeros(weights), zeros(gates)
+    dx, d_weights, d_gates = _fold_rounds(journey, one_round, start)
     d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
     return dx.astype(x.dtype), d_weights, None, d_gates.astype(gates.dtype)
 
@@ -124,6 +125,22 @@ routed_experts_over.defvjp(_forward, _backward)
 
 def _plan(axis: str, weights: SwiGLU, experts: Array) -> Journey:
     return plan_journey(experts // len(weights.gate), lax.axis_size(axis))
+
+
+def _fold_rounds(
+    journey: Journey, one_round: Callable[[Array | int, Sums], Sums], start: Sums
+) -> Sums:
+    """Fold `one_round(index, sums)` over as many rounds as it takes, as a rule one.
+
+    The first stands outside of the loop, for its exchange to run beside work that does not need it
+    (the shared expert). A CPU overlaps nothing, and has less to compile where all are in the loop.
+    """
+    rounds = journey.rounds()
+    return lax.platform_dependent(
+        start,
+        cpu=lambda sums: lax.fori_loop(0, rounds, one_round, sums),
+        default=lambda sums: lax.fori_loop(1, rounds, one_round, one_round(0, sums)),
+    )
 
 
 def _introduce(
