@@ -3,8 +3,8 @@
 Each device keeps its queries. What keys and values are made of goes round: for MLA the latent and
 the rotated key that all heads share, 512 + 64 numbers a token for V3 instead of 128 heads times 320
 (DeepSeek-V2, arXiv:2405.04434, section 2.1); for grouped-query attention the keys and values
-themselves. Whatever has arrived is expanded for the heads of this device, half of it at a time, met
-by its queries, and forgotten. The backward pass goes round once more and expands again; the
+themselves. Whatever has arrived is expanded for the heads of this device, a piece at a time, met by
+its queries, and forgotten. The backward pass goes round once more and expands again; the
 gradient of what travels goes with it and comes home.
 
 Ring attention: arXiv:2310.01889. Where the places lie, and why that balances causal attention:
@@ -47,6 +47,9 @@ from dsjax.kernels.attention_blocks import (
     put_block,
 )
 from sharding.context_parallel import chunks_of, pass_on
+
+AT_ONCE = 1024
+"""Places of which keys and values are in memory, where it divides a chunk: else a whole chunk's."""
 
 Expand = Callable[[Any, Any], tuple[Float[Array, "B C H D"], Float[Array, "B C H V"]]]
 """From C places of what travels, and weights, to their keys and values for this device's heads."""
@@ -99,7 +102,7 @@ class _Saved(NamedTuple):
 def _forward(
     axis: str, q: Array, travelling: Any, ids: Array, weights: Any, expand: Expand, scale: float
 ) -> tuple[Array, _Saved]:
-    queries = _queries(axis, q, ids)
+    queries, pieces = _queries(axis, q, ids), _pieces(q.shape[1])
 
     def turn(t: Array, carry: tuple[Any, Running]) -> tuple[Any, Running]:
         held, running = carry
@@ -107,12 +110,12 @@ def _forward(
         # where nobody needs it: one transfer in n, behind as much work as the others.
         arriving = pass_on(held, axis)
 
-        def chunk(half: Array, running: Running) -> Running:
-            part, part_ids = _half(held, half)
-            k, v = expand(part, weights)
-            return _meet(running, queries, _keys(k, v, part_ids, axis, t, half), scale)
+        def piece(index: Array, running: Running) -> Running:
+            part, part_ids = _piece(held, index, pieces)
+            keys = _keys(*expand(part, weights), part_ids, _place(axis, t, index, q.shape[1]))
+            return _meet(running, queries, keys, scale)
 
-        return arriving, lax.fori_loop(0, 2, chunk, running)
+        return arriving, lax.fori_loop(0, pieces, piece, running)
 
     value = jax.eval_shape(expand, travelling, weights)[1]
     start = nothing_yet(queries.q.shape[:3], value.shape[-1])
@@ -126,30 +129,32 @@ def _backward(
     axis: str, expand: Expand, scale: float, saved: _Saved, d_out: Array
 ) -> tuple[Array, Any, None, Any]:
     q, travelling, ids, weights, out, log_sum = saved
-    queries = _queries(axis, q, ids)
+    queries, pieces = _queries(axis, q, ids), _pieces(q.shape[1])
     known = Gathered(*map(_padded, (d_out, log_sum, inner_products(out, d_out))))
+    d_q = jnp.zeros(queries.q.shape, jnp.float32)
 
-    def turn(t: Array, carry: tuple[Any, Any, Array, Any]) -> tuple[Any, Any, Array, Any]:
-        held, d_held, d_q, d_weights = carry
-        # The gradient follows what it is of. It set out when the turn before had added to it, and
-        # arrives while this turn makes its own part.
-        arriving, d_here = pass_on((held, d_held), axis)
+    def turn(t: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        held, d_before, d_added, d_q, d_weights = carry
+        # The gradient follows what it is of, one turn later: while it travels, this turn makes its
+        # own part. Adding that here, too, would let XLA put the transfers behind the loops.
+        arriving, d_here = pass_on((held, _add(d_before, d_added)), axis)
 
-        def chunk(sums: tuple[Array, Any], half: Array) -> tuple[tuple[Array, Any], Any]:
-            part, part_ids = _half(held, half)
+        def piece(sums: tuple[Array, Any], index: Array) -> tuple[tuple[Array, Any], Any]:
+            part, part_ids = _piece(held, index, pieces)
             (k, v), back = jax.vjp(expand, part, weights)
-            keys = _keys(k, v, part_ids, axis, t, half)
+            keys = _keys(k, v, part_ids, _place(axis, t, index, q.shape[1]))
             d_q, d_k, d_v = _meet_backward(sums[0], queries, keys, known, scale)
             d_part, d_more = back((_heads_last(d_k, k), _heads_last(d_v, v)))
             return (d_q, _add(sums[1], d_more)), d_part
 
-        sums, d_parts = lax.scan(chunk, (d_q, d_weights), jnp.arange(2))
-        return arriving, _add(d_here, jax.tree.map(_joined, d_parts)), *sums
+        sums, d_parts = lax.scan(piece, (d_q, d_weights), jnp.arange(pieces))
+        return arriving, d_here, jax.tree.map(_joined, d_parts), *sums
 
-    zeros = _zeros(travelling), jnp.zeros(queries.q.shape, jnp.float32), _zeros(weights)
-    carry = lax.fori_loop(0, lax.axis_size(axis), turn, ((travelling, ids), *zeros))
-    _, d_held, d_q, d_weights = carry
-    d_travelling = pass_on(d_held, axis)
+    nothing = _zeros(travelling)
+    start = (travelling, ids), nothing, _cast(nothing, travelling), d_q, _zeros(weights)
+    carry = lax.fori_loop(0, lax.axis_size(axis), turn, start)
+    _, d_before, d_added, d_q, d_weights = carry
+    d_travelling = pass_on(_add(d_before, d_added), axis)
     d_q = _unpadded(d_q, q.shape[1]).astype(q.dtype)
     return d_q, _cast(d_travelling, travelling), None, _cast(d_weights, weights)
 
@@ -214,13 +219,40 @@ def _queries(axis: str, q: Array, ids: Array) -> _Queries:
     return _Queries(heads, jnp.concatenate(halves, axis=1), jnp.concatenate(places))
 
 
-def _keys(k: Array, v: Array, ids: Array, axis: str, turn: Array, half: Array) -> Keys:
-    """A half of what device `me - turn` (mod n) has given."""
+def _keys(k: Array, v: Array, ids: Array, place: Array) -> Keys:
+    return Keys(heads_first(k), heads_first(v), pad_ids(ids), place)
+
+
+def _pieces(length: int) -> int:
+    """Into how many equal pieces what one device holds is cut: two chunks, or parts of them."""
+    whole, rest = divmod(length // 2, AT_ONCE)
+    return 2 if rest else 2 * whole
+
+
+def _piece(tree: Any, index: Array, pieces: int) -> Any:
+    """A piece of arrays [B, L, ...]."""
+
+    def of(x: Array) -> Array:
+        size = x.shape[1] // pieces
+        return lax.dynamic_slice_in_dim(x, index * size, size, 1)
+
+    return jax.tree.map(of, tree)
+
+
+def _place(axis: str, turn: Array, index: Array, length: int) -> Array:
+    """How many blocks lie before a piece of what device `me - turn` (mod n) has given."""
     devices = lax.axis_size(axis)
     giver = (lax.axis_index(axis) - turn) % devices
-    k, v, ids = heads_first(k), heads_first(v), pad_ids(ids)
-    chunk = jnp.stack(chunks_of(giver, devices))[half]
-    return Keys(k, v, ids, chunk * (k.shape[2] // BLOCK))
+    of_chunk = _pieces(length) // 2
+    chunk = jnp.stack(chunks_of(giver, devices))[index // of_chunk]
+    blocks = -(-length // (2 * of_chunk * BLOCK))
+    return (chunk * of_chunk + index % of_chunk) * blocks
+
+
+def _joined(pieces: Array) -> Array:
+    """[N, B, C, ...] to [B, N C, ...]"""
+    n, rows, size, *width = pieces.shape
+    return jnp.moveaxis(pieces, 0, 1).reshape(rows, n * size, *width)
 
 
 def _padded(x: Float[Array, "B L H *D"]) -> Float[Array, "B H P *D"]:
@@ -232,21 +264,6 @@ def _unpadded(x: Float[Array, "B H P *D"], length: int) -> Float[Array, "B L H *
     """The inverse of `_padded`."""
     halves = [half[:, :, : length // 2] for half in jnp.split(x, 2, axis=2)]
     return jnp.concatenate(halves, axis=2).swapaxes(1, 2)
-
-
-def _half(tree: Any, half: Array) -> Any:
-    """The first or the second half of the places of arrays [B, L, ...]."""
-
-    def of(x: Array) -> Array:
-        size = x.shape[1] // 2
-        return lax.dynamic_slice_in_dim(x, half * size, size, 1)
-
-    return jax.tree.map(of, tree)
-
-
-def _joined(halves: Array) -> Array:
-    """[2, B, C, ...] to [B, 2C, ...]"""
-    return jnp.concatenate([halves[0], halves[1]], axis=1)
 
 
 def _heads_last(x: Float[Array, "B H P D"], like: Float[Array, "B C H D"]) -> Array:

@@ -1,9 +1,22 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels.attention import BLOCK, causal_attention, causal_attention_reference
+from dsjax.kernels.attention import causal_attention, causal_attention_reference
+from dsjax.kernels.attention_blocks import (
+    BLOCK,
+    Gathered,
+    Keys,
+    Queries,
+    attend,
+    attend_backward,
+    heads_first,
+    inner_products,
+    nothing_yet,
+)
 
 pytestmark = pytest.mark.usefixtures("thorough_compiler")
 
@@ -18,19 +31,73 @@ def inputs(length, dtype=jnp.float32, seed=0):
     return q, k, v, segments
 
 
-@pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 40])
-@pytest.mark.parametrize("packed", [False, True])
-def test_blocks_equal_the_whole_score_matrix_in_values_and_gradients(length, packed):
-    q, k, v, segments = inputs(length)
-    ids = segments if packed else jnp.ones_like(segments)
-
-    def loss(attention, q, k, v):
+@partial(jax.jit, static_argnums=0)
+def loss_and_gradients(attention, q, k, v, ids):
+    def loss(q, k, v):
         return (attention(q, k, v, ids, 0.3) ** 2).sum()
 
-    want = jax.value_and_grad(loss, (1, 2, 3))(causal_attention_reference, q, k, v)
-    got = jax.value_and_grad(loss, (1, 2, 3))(causal_attention, q, k, v)
-    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5)
+    return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+
+@pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 40])
+def test_blocks_equal_the_whole_score_matrix_in_values_and_gradients(length):
+    q, k, v, segments = inputs(length)
+    for ids in (segments, jnp.ones_like(segments)):
+        want = loss_and_gradients(causal_attention_reference, q, k, v, ids)
+        got = loss_and_gradients(causal_attention, q, k, v, ids)
+        for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5)
+
+
+@jax.jit
+def one_block_of_queries(queries, chunks, d_out):
+    """Its output, and the gradients of its q and of each chunk's k and v."""
+    running = nothing_yet(queries.q.shape[:3], V)
+    for keys in chunks:
+        running = attend(running, queries, keys, 0.3)
+    out, log_sum = running.finished()
+    known = Gathered(d_out, log_sum, inner_products(out, d_out))
+    d_q, d_chunks = jnp.zeros_like(queries.q), []
+    for keys in chunks:
+        zeros = jnp.zeros_like(keys.k), jnp.zeros_like(keys.v)
+        d_q, *d_keys = attend_backward((d_q, *zeros), queries, keys, known, 0.3)
+        d_chunks.append(d_keys)
+    return out, d_q, d_chunks
+
+
+def test_chunks_of_keys_may_come_in_any_order_and_the_future_is_not_touched():
+    """The third of six blocks meets chunks of two: its own, one in the future, one in the past."""
+    length, mine = 3 * BLOCK, slice(2 * BLOCK, None)
+    q, k, v, ids = inputs(length)
+
+    def reference(q_mine, k, v):
+        q_all = q.at[:, mine].set(q_mine)
+        return causal_attention_reference(q_all, k, v, ids, 0.3)[:, mine]
+
+    out, back = jax.vjp(reference, q[:, mine], k, v)
+    d_out = jax.random.normal(jax.random.key(1), out.shape)
+    d_q, d_k, d_v = back(d_out)
+
+    # A product with a NaN would show, be it masked or multiplied by zero.
+    later = ((0, 0), (0, 0), (0, 3 * BLOCK), (0, 0))
+    k_all, v_all = (jnp.pad(heads_first(x), later, constant_values=jnp.nan) for x in (k, v))
+    ids_all = jnp.pad(ids, later[1:3], constant_values=3)
+    chunks = []
+    for place in (2, 4, 0):
+        at = slice(place * BLOCK, (place + 2) * BLOCK)
+        keys = Keys(k_all[:, :, at], v_all[:, :, at], ids_all[:, at], jnp.int32(place))
+        chunks.append(keys)
+    queries = Queries(heads_first(q[:, mine]), ids[:, mine], jnp.int32(2))
+    got = one_block_of_queries(queries, chunks, heads_first(d_out))
+
+    (own_k, own_v), future, past = got[2]
+    got_k, got_v = (
+        jnp.concatenate([early, own[:, :, :BLOCK]], axis=2)
+        for early, own in zip(past, (own_k, own_v), strict=True)
+    )
+    for a, b in zip((*got[:2], got_k, got_v), (out, d_q, d_k, d_v), strict=True):
+        np.testing.assert_allclose(a, heads_first(b), rtol=2e-5, atol=2e-5)
+    assert not any(np.any(x) for x in (*future, own_k[:, :, BLOCK:], own_v[:, :, BLOCK:]))
 
 
 def test_nothing_flows_between_segments_or_from_later_tokens():

@@ -1,6 +1,7 @@
-"""Attention over a sequence that is split across devices: what one device computes, in its memory."""
+"""Attention over a sequence that is split across devices: what one computes, in less memory."""
 
 import re
+from collections import Counter
 from functools import cache, partial
 
 import jax
@@ -11,7 +12,9 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from dsjax.kernels.attention import causal_attention_reference
+from dsjax.kernels import ring_attention as module
+from dsjax.kernels.attention import causal_attention, causal_attention_reference
+from dsjax.kernels.attention_blocks import BLOCK
 from dsjax.kernels.ring_attention import ring_attention
 from sharding.context_parallel import all_places, local_places
 
@@ -21,6 +24,8 @@ AXIS = "context"
 ROWS, HEADS, NOPE, ROPE, V, LATENT = 2, 2, 6, 4, 8, 5
 SCALE = 0.3
 EXACT = 1e-5
+LONG = 65536
+"""Places of a row whose arrays outweigh the blocks of scores. It is compiled for, not computed."""
 
 
 def expand_latent(latent, weights):
@@ -124,6 +129,18 @@ def test_a_ring_equals_one_device_in_values_and_gradients(data, context, tensor,
         assert_same(got, on_one_device(expand_latent, *inputs, ids))
 
 
+def test_what_arrives_may_be_expanded_in_pieces(monkeypatch):
+    """As it is where a chunk is long: here three pieces of a block each."""
+    monkeypatch.setattr(module, "AT_ONCE", BLOCK)
+    length = 2 * 2 * 3 * BLOCK
+    inputs = *mla(length), documents(length, [[300, 500], [800]])
+    in_pieces = on_many_devices.__wrapped__(1, 2, 1, expand_latent)
+    assert_same(in_pieces(*inputs), on_one_device(expand_latent, *inputs))
+    program = str(in_pieces.trace(*inputs).jaxpr)
+    expanded = [f"f32[{ROWS},{blocks * BLOCK},{HEADS},{NOPE}]" for blocks in (1, 3)]
+    assert [keys in program for keys in expanded] == [True, False]
+
+
 def test_a_ring_of_keys_and_values_equals_one_device():
     """What grouped-query attention sends; there is nothing to expand with."""
     length = 2 * 4 * 12
@@ -157,12 +174,14 @@ def test_bfloat16_stays_near_float32():
 
 @cache
 def compiled(devices, length):
-    """Values and gradients, of arrays that are split already."""
+    """Values and gradients, of arrays that are split already; one device goes in no ring."""
     mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
     split = P(None, AXIS)
 
     def on_a_device(q, travelling, weights, d_out, ids):
         def attend(q, travelling, weights):
+            if devices == 1:
+                return causal_attention(q, *expand_latent(travelling, weights), ids, SCALE)
             return ring_attention(AXIS, q, travelling, ids, weights, expand_latent, SCALE)
 
         out, back = jax.vjp(attend, q, travelling, weights)
@@ -181,9 +200,27 @@ def compiled(devices, length):
     return jax.jit(step).lower(*shapes).compile()
 
 
+def memory(devices, length):
+    """What a device needs beside arguments and results, bytes."""
+    return compiled(devices, length).memory_analysis().temp_size_in_bytes
+
+
 def test_memory_falls_as_one_over_devices():
-    length = 2048
-    alone, two, four = (
-        compiled(devices, length).memory_analysis().temp_size_in_bytes for devices in (1, 2, 4)
+    alone, two, four = (memory(devices, LONG) for devices in (1, 2, 4))
+    assert two < 1.1 * alone / 2
+    assert four < 1.1 * alone / 4
+    assert four < 0.6 * two
+
+
+def test_four_devices_hold_four_times_the_length_of_one():
+    assert memory(4, LONG) < 1.2 * memory(1, LONG // 4)
+
+
+def test_only_neighbours_exchange_only_what_travels():
+    """Forward c_kv, k_rope and segments; back the same with two gradients, which come home."""
+    text = compiled(4, LONG).as_text()
+    kinds = (
+        "all-gather|all-reduce|all-to-all|reduce-scatter|collective-broadcast|collective-permute"
     )
-    print(alone, two, four, compiled(4, 4 * length).memory_analysis().temp_size_in_bytes)
+    found = Counter(re.findall(rf" ({kinds})(?:-start)?\(", text))
+    assert found == {"collective-permute": 3 + 5 + 2}

@@ -12,10 +12,11 @@ from dsjax.errors import UserError
 from sharding.context_parallel import all_places, check_context, chunks_of, local_places, pass_on
 
 AXIS, DEVICES = "ring", 4
+JOINED = PartitionSpec(None, AXIS)
 
 
-def on_devices(function, devices=DEVICES, results=PartitionSpec(None, AXIS)):
-    """Compute on every device from whole arrays; what devices return is joined along dimension 1."""
+def on_devices(function, devices=DEVICES, results=JOINED):
+    """Compute on every device from whole arrays; results are joined along dimension 1."""
     mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
     return partial(jax.shard_map, mesh=mesh, out_specs=results, check_vma=False)(
         function, in_specs=PartitionSpec()
