@@ -1,8 +1,8 @@
 """The step's gradients on a mesh, sharded by hand: those of one device, whatever the axes.
 
 Everything is on at once: microbatches, packed documents with padding, MTP, groups, a bias that
-steers, the balance loss. Along `expert` tokens travel to their experts; without it, experts' weights
-are gathered like all others.
+steers, the balance loss. Along `expert` tokens travel to their experts; without it, weights of
+experts are gathered like all others.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def collectives_of(line: str) -> list[Sent]:
 
 
 def weight_shapes(layout: Layout) -> tuple[Counter[tuple[int, ...]], ...]:
-    """Shapes of one layer's weights: as they are used, as they are kept, and of those never split."""
+    """Shapes of one layer's weights: as used where gathered, as kept, and as used where not."""
     used: Counter[tuple[int, ...]] = Counter()
     kept: Counter[tuple[int, ...]] = Counter()
     whole: Counter[tuple[int, ...]] = Counter()
