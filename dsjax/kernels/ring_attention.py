@@ -11,11 +11,11 @@ Ring attention: arXiv:2310.01889. Where the places lie, and why that balances ca
 `sharding/context_parallel.py`. Of two chunks one is visible wholly, causally or not at all, so on
 every device a step costs two chunks of queries against chunks of keys.
 
-What it costs. Every device expands the whole sequence, where one device would do it once: for V3
-2 * 512 * 256 operations a head and token, against 640 for a pair of query and key. A token's keys
-and values thus cost what 410 of its pairs do, and a device has S / 2n pairs for each: a tenth of
-the work at S = 64K over 8 devices, but four fifths of it at 4K over 4. Memory for a sequence of S
-places is that of S / n; only segments, which are integers, may lie whole elsewhere.
+What it costs. Every device expands the whole sequence, which one device alone would do once: for V3
+2 * 512 * 256 operations a head and token, as many as 410 pairs of query and key take at 640. A
+device has S / 2n pairs for each token, so expanding adds a tenth to attention at S = 64K over 8
+devices, but four fifths at 4K over 4. Memory for a sequence of S places is that of S / n; only
+segments and other integers may lie whole elsewhere.
 
 Differs from the papers: the latent travels, not keys and values; packing by segments.
 """
