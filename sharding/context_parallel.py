@@ -6,8 +6,8 @@ into 2n chunks, and device i of the n along the axis holds chunks i and 2n - 1 -
     device       0     1     2     3
     chunks      0 7   1 6   2 5   3 4
 
-Each pair of devices then has the same number of (query, key) pairs between them (Llama 3,
-arXiv:2407.21783, section 3.3.2). Everything here but `check_context` runs inside `jax.shard_map`.
+Every device then has as many pairs of query and key as any other (Llama 3, arXiv:2407.21783,
+section 3.3.2). The functions on arrays run inside `jax.shard_map`.
 """
 
 from __future__ import annotations

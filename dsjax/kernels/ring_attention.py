@@ -11,11 +11,11 @@ Ring attention: arXiv:2310.01889. Where the places lie, and why that balances ca
 `sharding/context_parallel.py`. Of two chunks one is visible wholly, causally or not at all, so on
 every device a step costs two chunks of queries against chunks of keys.
 
-What it costs. Every device expands the whole sequence, where one device would do it once: for V3
-2 * 512 * 256 operations a head and token, against 640 for a pair of query and key. A token's keys
-and values thus cost what 410 of its pairs do, and a device has S / 2n pairs for each: a tenth of
-the work at S = 64K over 8 devices, but four fifths of it at 4K over 4. Memory for a sequence of S
-places is that of S / n; only segments, which are integers, may lie whole elsewhere.
+What it costs. Every device expands the whole sequence, which one device alone would do once: for V3
+2 * 512 * 256 operations a head and token, as many as 410 pairs of query and key take at 640. A
+device has S / 2n pairs for each token, so expanding adds a tenth to attention at S = 64K over 8
+devices, but four fifths at 4K over 4. Memory for a sequence of S places is that of S / n; only
+segments and other integers may lie whole elsewhere.
 
 Differs from the papers: the latent travels, not keys and values; packing by segments.
 """
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,8 @@ from dsjax.kernels.attention_blocks import (
     put_block,
 )
 from sharding.context_parallel import chunks_of, pass_on
+
+T = TypeVar("T")
 
 AT_ONCE = 1024
 """Places of which keys and values are in memory, where it divides a chunk: else a whole chunk's."""
@@ -119,7 +121,7 @@ def _forward(
 
     value = jax.eval_shape(expand, travelling, weights)[1]
     start = nothing_yet(queries.q.shape[:3], value.shape[-1])
-    _, running = lax.fori_loop(0, lax.axis_size(axis), turn, ((travelling, ids), start))
+    _, running = _all_turns(axis, turn, ((travelling, ids), start))
     out, log_sum = running.finished()
     out = _unpadded(out, q.shape[1]).astype(value.dtype)
     return out, _Saved(q, travelling, ids, weights, out, _unpadded(log_sum, q.shape[1]))
@@ -152,7 +154,7 @@ def _backward(
 
     nothing = _zeros(travelling)
     start = (travelling, ids), nothing, _cast(nothing, travelling), d_q, _zeros(weights)
-    carry = lax.fori_loop(0, lax.axis_size(axis), turn, start)
+    carry = _all_turns(axis, turn, start)
     _, d_before, d_added, d_q, d_weights = carry
     d_travelling = pass_on(_add(d_before, d_added), axis)
     d_q = _unpadded(d_q, q.shape[1]).astype(q.dtype)
@@ -165,6 +167,20 @@ ring_attention.defvjp(_forward, _backward)
 # ---------------------------------------------------------------------------------------------
 # Queries of this device against one chunk of keys
 # ---------------------------------------------------------------------------------------------
+
+
+def _all_turns(axis: str, turn: Callable[[Array, T], T], start: T) -> T:
+    """`turn(t, carry)` for t from 0 to n - 1.
+
+    In a `while`: a loop whose length is known becomes a `scan`, and into those the policies of
+    `jax.checkpoint` look. One that keeps products would keep the keys and values of every turn.
+    """
+    turns = lax.axis_size(axis)
+
+    def once(carry: tuple[Array, T]) -> tuple[Array, T]:
+        return carry[0] + 1, turn(*carry)
+
+    return lax.while_loop(lambda carry: carry[0] < turns, once, (jnp.int32(0), start))[1]
 
 
 class _Queries(NamedTuple):

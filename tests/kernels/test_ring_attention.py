@@ -216,6 +216,29 @@ def test_four_devices_hold_four_times_the_length_of_one():
     assert memory(4, LONG) < 1.2 * memory(1, LONG // 4)
 
 
+def test_a_policy_that_keeps_products_keeps_nothing_that_was_expanded():
+    kept = []
+
+    def on_a_device(q, travelling, weights, d_out, ids):
+        @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        def attend(q, travelling, weights):
+            return ring_attention(AXIS, q, travelling, ids, weights, expand_latent, SCALE)
+
+        out, back = jax.vjp(attend, q, travelling, weights)
+        kept.extend(x.shape for x in jax.tree.leaves(back))
+        return out
+
+    mesh = jax.make_mesh((2,), (AXIS,), axis_types=(AxisType.Auto,))
+    length = 2 * 2 * 12
+    inputs = jax.eval_shape(lambda: (*mla(length), documents(length, [[], []])))
+    jax.eval_shape(
+        jax.shard_map(on_a_device, mesh=mesh, in_specs=P(), out_specs=P(AXIS), check_vma=False),
+        *inputs,
+    )
+    assert (ROWS, length, LATENT) in kept
+    assert set(kept) <= {x.shape for x in jax.tree.leaves(inputs)}
+
+
 def test_only_neighbours_exchange_only_what_travels():
     """Forward c_kv, k_rope and segments; back the same with two gradients, which come home."""
     text = compiled(4, LONG).as_text()
