@@ -19,6 +19,7 @@ import pytest
 from dsjax.config_files import load_run_config
 from dsjax.model.layers import tree_shardings, variable_axes, variables
 from dsjax.training.step import Batch, Knobs, init_state, make_train_step
+from sharding.expert_parallel import Room
 from sharding.mesh import make_mesh
 from sharding.rules import Layout, use_layout
 
@@ -29,7 +30,7 @@ CONFIG = load_run_config(
     [
         f"data.sequence_length={LENGTH}",
         "model.num_hidden_layers=2",
-        "model.vocab_size=192",
+        "model.vocab_size=160",
         "training.loss_chunk=24",
         "training.remat=keep_layer_inputs",
     ],
@@ -78,26 +79,35 @@ def collectives_of(line: str) -> list[Sent]:
     ]
 
 
-def weight_shapes(layout: Layout) -> tuple[Counter[tuple[int, ...]], ...]:
-    """Shapes of one layer's weights: as used where gathered, as kept, and as used where not."""
-    used: Counter[tuple[int, ...]] = Counter()
-    kept: Counter[tuple[int, ...]] = Counter()
-    whole: Counter[tuple[int, ...]] = Counter()
+class Meant(NamedTuple):
+    """What may be made of weights: shapes, and how often at most."""
+
+    gathered: Counter[tuple[int, ...]]
+    scattered: Counter[tuple[int, ...]]
+    summed: set[tuple[int, ...]]
+
+
+def meant_of_weights(layout: Layout) -> Meant:
+    """One layer's weights are gathered where they are used, and once more for the gradient."""
+    meant = Meant(Counter(), Counter(), set())
     model = jax.eval_shape(partial(init_state, CONFIG)).model
+    several = {axis for axis, size in layout.mesh.shape.items() if size > 1}
     for name, variable in variables(model):
         if name.endswith("router.bias"):
             continue
-        axes = [axis for axis in variable_axes(variable) if axis != "layers"]
+        axes = tuple(axis for axis in variable_axes(variable) if axis != "layers")
         shape = variable.shape[-len(axes) :]
-        part = tuple(layout.sharding(tuple(axes), shape).shard_shape(shape))
-        stays = [
-            math.prod(layout.mesh.shape[a] for a in Layout(layout.mesh).split_axes(axis))
-            for axis in axes
-        ]
-        computed = tuple(n // ways for n, ways in zip(shape, stays, strict=True))
-        (used if computed != part else whole)[computed] += 1
-        kept[part] += 1
-    return used, kept, whole
+        part = layout.sharding(axes, shape).shard_shape(shape)
+        stays = (math.prod(layout.mesh.shape[a] for a in layout.split_axes(x)) for x in axes)
+        whole = tuple(n // ways for n, ways in zip(shape, stays, strict=True))
+        uses = 1 + CONFIG.model.num_nextn_predict_layers if name == "embed.weight" else 1
+        if whole != part:
+            meant.gathered[whole] += 2 * uses
+            meant.scattered[part] += uses
+        split = {axis for x in axes for axis in layout.rules[x]}
+        if several - split:  # some devices hold the same part
+            meant.summed.add((*variable.shape[: -len(axes)], *part))
+    return meant
 
 
 @pytest.mark.slow
@@ -108,38 +118,32 @@ def weight_shapes(layout: Layout) -> tuple[Counter[tuple[int, ...]], ...]:
 )
 def test_a_step_sends_what_it_is_meant_to_and_nothing_else(sizes: dict[str, int]) -> None:
     layout, sent = compiled_step(sizes)
-    used, kept, whole = weight_shapes(layout)
-    c = CONFIG.model
-    places = ROWS // layout.ways("batch"), LENGTH // layout.ways("sequence")
-    found = Counter(sent)
+    found, meant, c = Counter(sent), meant_of_weights(layout), CONFIG.model
     listing = "\n".join(
         f"{n:4} {s.kind} {s.dtype}{list(s.shape)}" for s, n in sorted(found.items())
     )
+    rows, places = ROWS // layout.ways("batch"), LENGTH // layout.ways("sequence")
 
-    def of(kind: str) -> set[tuple[int, ...]]:
-        return {s.shape for s in found if s.kind == kind and math.prod(s.shape) > 64}
+    def of(kind: str) -> Counter[tuple[int, ...]]:
+        """Shapes that a kind of collective makes; those of a few numbers are not of interest."""
+        large = {s: n for s, n in found.items() if s.kind == kind and math.prod(s.shape) >= 64}
+        return Counter({s.shape: n for s, n in large.items()})
 
-    # Weights are gathered forward and once more backward, never more often, and nothing else is.
-    assert of("all-gather") <= set(used), listing
-    for shape, count in used.items():
-        assert (
-            sum(n for s, n in found.items() if s[0] == "all-gather" and s.shape == shape)
-            <= 2 * count
-        )
-    # Their gradients are scattered: each part once.
-    assert of("reduce-scatter") <= set(kept), listing
-    assert sum(n for s, n in found.items() if s.kind == "reduce-scatter") >= used.total(), listing
-    # Summed on all: weights that every device holds, replicas' parts over `data`, and over `tensor`
-    # the activations of row-parallel products.
-    summed = {shape[:0] + (1,) * n + shape for shape in whole for n in (0, 1)}
-    if "data" in sizes:
-        summed |= {(1,) * n + shape for shape in kept for n in (0, 1)}
-    if "tensor" in sizes:
-        summed |= {(*places, c.hidden_size), (places[0], 24)}
-        summed |= {(1,) * n + shape for shape in kept for n in (0, 1)}
-    assert of("all-reduce") <= summed, listing
-    # Along the ring: latents, their gradients, and segments.
-    travels = {(*places, width) for width in (c.kv_lora_rank, c.qk_rope_head_dim)} | {places}
-    assert of("collective-permute") <= (travels if "context" in sizes else set()), listing
-    assert bool(of("all-to-all")) == ("expert" in sizes), listing
     assert {s.kind for s in found} <= set(KINDS), listing
+    assert of("all-gather") <= meant.gathered, listing
+    assert of("reduce-scatter") == meant.scattered, listing
+    # Where a contracted dimension is split, the devices along `tensor` add up activations.
+    hidden = {(rows, places, c.hidden_size), (rows * places, c.hidden_size)}
+    scores = {(rows, CONFIG.training.loss_chunk)}
+    assert set(of("all-reduce")) <= meant.summed | (
+        hidden | scores if "tensor" in sizes else set()
+    ), listing
+    # Round the ring go latents, their gradients, and segments.
+    latents = {(rows, places, width) for width in (c.kv_lora_rank, c.qk_rope_head_dim)}
+    ring = latents | {(rows, places)}
+    assert set(of("collective-permute")) == (ring if "context" in sizes else set()), listing
+    # To the experts and back go windows of tokens, and who they are for.
+    exchanged = max((math.prod(shape) for shape in of("all-to-all")), default=0)
+    devices = layout.mesh.shape["expert"]
+    window = Room.of(rows * places, c.num_experts_per_tok, devices).rows * devices
+    assert exchanged == (window * c.hidden_size if devices > 1 else 0), listing
