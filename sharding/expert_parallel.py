@@ -9,7 +9,7 @@ the order of their tokens, are cut into windows of p = ceil(SLACK T K / n) pairs
 through; a round moves one window of every (source, destination). Where tokens spread evenly there
 is one round, and where all go to one device about n / SLACK. A window has at most
 
-    c = min(p, T) rows   and   q = p + K - 1 pairs,
+    c = min(p, T) rows   and   q = p + K - 1 pairs (rounded up to eights),
 
 so a device holds n c rows and n q pairs at a time whatever the routing: at most SLACK T K + n rows.
 
@@ -32,6 +32,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 SLACK = 1.5
 """A window's room over the pairs that it would hold if tokens spread evenly."""
 
+EIGHT = 8
+"""Lists of pairs are as long as a multiple of it: XLA's grouped product on a TPU takes rows in
+eights, and multiplies each row by all matrices where they are another number."""
+
 
 class Room(NamedTuple):
     """What a window holds at most, the same for every pair of devices."""
@@ -50,7 +54,8 @@ class Room(NamedTuple):
         """The room for T tokens of K choices each, on each of n devices."""
         pairs = tokens * choices
         step = min(math.ceil(SLACK * pairs / devices), pairs)
-        return cls(step, min(step, tokens), min(step + choices - 1, pairs), -(-pairs // step))
+        most = min(step + choices - 1, pairs)
+        return cls(step, min(step, tokens), -(-most // EIGHT) * EIGHT, -(-pairs // step))
 
 
 class Window(NamedTuple):

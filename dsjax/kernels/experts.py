@@ -8,12 +8,13 @@ rows at any imbalance. The backward pass finds x and the two pre-activations and
 again (DeepSeek-V3, arXiv:2412.19437, section 3.3.3, keeps the same).
 
 On a CPU, XLA lowers `jax.lax.ragged_dot` to a product of every group with every row;
-`experts_blocked` does only the useful work there. Elsewhere `ragged_dot` is used.
+`experts_blocked` does only the useful work there. Elsewhere `ragged_dot` is used, but for the
+matrices' gradients, which XLA expands in the same way on a TPU: they go block by block.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import experts_blocked
+from dsjax.kernels.blocks import fold_blocks, fold_experts
 from dsjax.kernels.permutation import Order, VisitorOrder, sort_by_expert
 from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
 
@@ -165,18 +167,35 @@ def _backward_ragged(
     inner, d_gate, d_up, d_gates = swiglu_gradient(h, u, gates, d_inner)
     d_rows = lax.ragged_dot(d_gate, weights.gate, sizes) + lax.ragged_dot(d_up, weights.up, sizes)
     d_weights = SwiGLU(
-        into.gate + _outer(d_gate, rows, sizes, into.gate.dtype),
-        into.up + _outer(d_up, rows, sizes, into.up.dtype),
-        into.down + _outer(d_out, inner, sizes, into.down.dtype),
+        _add_outer(into.gate, d_gate, rows, sizes),
+        _add_outer(into.up, d_up, rows, sizes),
+        _add_outer(into.down, d_out, inner, sizes),
     )
     return order.sum_choices(d_rows), d_weights, d_gates
 
 
-def _outer(dy: Array, x: Array, sizes: Array, dtype: Any) -> Array:
-    """Gradient of the matrices: dy^T x within each group, [E, out, in]."""
-    rows_are_ragged = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
-    )
-    return lax.ragged_dot_general(dy, x, sizes, rows_are_ragged, preferred_element_type=dtype)
+OUTER_BLOCKS = (2048, 256)
+"""Rows of one product for the matrices' gradients: many, since each reads and writes the sum."""
+
+
+def _add_outer(stack: Array, dy: Array, x: Array, sizes: Array) -> Array:
+    """stack [E, out, in] and dy^T x of each expert's rows, added up in float32."""
+
+    def one_expert(expert: Array, begin: Array, size: Array, stack: Array) -> Array:
+        def one_block(at: Array, count: int, total: Array) -> Array:
+            first = jnp.minimum(at, len(x) - count)
+            row = first + jnp.arange(count)
+            mine = ((row >= at) & (row < begin + size))[:, None]
+            # Both: what is beyond the last expert's rows is undefined, and 0 times that may be NaN.
+            a, b = (
+                jnp.where(mine, lax.dynamic_slice_in_dim(rows, first, count), 0) for rows in (dy, x)
+            )
+            return total + lax.dot_general(
+                a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
+
+        blocks = tuple(min(count, len(x)) for count in OUTER_BLOCKS)
+        total = fold_blocks(begin, size, blocks, one_block, stack[expert].astype(jnp.float32))
+        return stack.at[expert].set(total.astype(stack.dtype))
+
+    return fold_experts(sizes, one_expert, stack)
