@@ -138,10 +138,9 @@ def test_a_step_sends_what_it_is_meant_to_and_nothing_else(sizes: dict[str, int]
     assert set(of("all-reduce")) <= meant.summed | (
         hidden | scores if "tensor" in sizes else set()
     ), listing
-    # Round the ring go latents, their gradients, and segments.
+    # Round the ring go latents and their gradients. (Segments are a few numbers here.)
     latents = {(rows, places, width) for width in (c.kv_lora_rank, c.qk_rope_head_dim)}
-    ring = latents | {(rows, places)}
-    assert set(of("collective-permute")) == (ring if "context" in sizes else set()), listing
+    assert set(of("collective-permute")) == (latents if "context" in sizes else set()), listing
     # To the experts and back go windows of tokens, and who they are for.
     exchanged = max((math.prod(shape) for shape in of("all-to-all")), default=0)
     devices = layout.mesh.shape["expert"]
