@@ -16,9 +16,7 @@ from dsjax.data.shuffle import ShuffledDocuments
 from dsjax.data.sources import Corpus, Selection
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.errors import UserError
-
-# One thread tokenizes some 500,000 tokens a second: more than a host's accelerators train on.
-_PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
+from dsjax.places import ahead
 
 _AHEAD = 64
 """Microbatches made before they are asked for: a shuffle window is filled while these are used."""
@@ -119,10 +117,10 @@ def sample_texts(corpus: Corpus, max_bytes: int) -> Iterator[str]:
     for selection in corpus.train:
         left = max_bytes * selection.weight / total
         shuffled = ShuffledDocuments(selection, seed=0)
-        for index in range(len(shuffled)):
+        place = selection.documents.files[0].path
+        for text in ahead(shuffled.__getitem__, range(len(shuffled)), place):
             if left <= 0:
                 break
-            text = shuffled[index]
             left -= len(text.encode())
             yield text
 
@@ -138,7 +136,11 @@ def _shuffled_rows(
     """The endless rows of a source's documents that belong to one process."""
     shuffle_seed, fim_seed, row_seed = seed.generate_state(3).tolist()
     documents = _encoded(selection, tokenizer, config.fim_rate, shuffle_seed, fim_seed)
-    mine = documents[process_index::process_count].to_iter_dataset(_PREFETCH)
+    # One thread tokenizes some 500,000 tokens a second, more than a host's accelerators train on;
+    # more of them only wait for a bucket's answers.
+    threads = selection.documents.threads
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, threads))
+    mine = documents[process_index::process_count].to_iter_dataset(options)
     return grain.experimental.WindowShuffleIterDataset(
         PackedRows(mine, config.sequence_length),
         window_size=config.shuffle_window,

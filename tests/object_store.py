@@ -12,11 +12,15 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+from dsjax import places
 
 BUCKET = "models"
 
@@ -232,3 +236,14 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 self._answer(204)
 
     return Handler
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """A bucket that the library takes for the store."""
+    with ObjectStore() as running:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.address)
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        monkeypatch.setattr("random.random", lambda: 0.0)  # how long the library waits to retry
+        places._store.cache_clear()
+        yield running
