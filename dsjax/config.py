@@ -184,6 +184,13 @@ class EvaluationConfig(Section):
     sample_tokens: int = Field(0, ge=0)
 
 
+class ProfileConfig(Section):
+    """Which steps are traced by `jax.profiler`; the first ones of a run are not typical."""
+
+    start_step: int = Field(10, gt=0)
+    steps: int = Field(3, gt=0)
+
+
 class RunConfig(Section):
     """Everything a training run is made of."""
 
@@ -198,6 +205,7 @@ class RunConfig(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
+    profile: ProfileConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -84,17 +84,14 @@ def ahead(function: Callable[[T], R], items: Iterable[T], place: Path) -> Iterat
     if not isinstance(place, ObjectPath):
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(REQUESTS)
-    try:
-        running: deque[Future[R]] = deque()
+    running: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(REQUESTS) as pool:
         for item in items:
             running.append(pool.submit(function, item))
             if len(running) > REQUESTS:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class ObjectPath(PosixPath):
