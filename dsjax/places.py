@@ -36,7 +36,7 @@ SILENCE = 120.0
 """Seconds without a byte after which a request is made again; the library would wait for ever."""
 
 _SCHEME = "gs:"
-_FACTS = ("size", "generation")
+_FACTS = ("size", "generation", "crc32c")
 _LOGIN = "log in by `gcloud auth application-default login`, or ask the bucket's owner"
 
 
@@ -170,6 +170,12 @@ class ObjectPath(PosixPath):
             st_size=int(found["size"]),
             st_mtime_ns=1000 * int(found["generation"]),
         )
+
+    @property
+    def crc32c(self) -> str:
+        """The store's own checksum of the object, in base64."""
+        self.stat()
+        return self._listed.objects[self.key]["crc32c"]
 
     def iterdir(self) -> Iterator[ObjectPath]:
         """Objects and folders in it."""
