@@ -8,9 +8,9 @@ A complete step is a folder that got its name by one `rename`, after everything 
     folder/00000121.tmp-1f9a03c2/   a save that is under way, or was killed: never a checkpoint
     folder/00000060.old/            a step that is being deleted: no longer a checkpoint
 
-Assumes that one run owns the folder, and that one process owns all arrays. With several processes
-orbax's barriers already cover `state/`; process 0 alone would then have to choose the `.tmp` name
-and to do what follows orbax in `_complete`, with a barrier after it.
+Assumes that one run owns the folder, and that all its processes see it. Each writes and reads its
+part of the arrays, by orbax; process 0 chooses the `.tmp` name, and does alone what follows orbax.
+Digests are checked by all, each a share of the files, and all use the same step.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import secrets
 import shutil
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial as bind
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ from dsjax.checkpoint.manifest import (
     write_manifest,
 )
 from dsjax.errors import UserError, one_line
+from sharding.distributed import WORK_SECONDS, gather, is_first, share
 
 Leaf = TypeVar("Leaf", jax.Array, jax.ShapeDtypeStruct)
 
@@ -69,16 +71,12 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder = folder.absolute()
         self._keep = keep
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder):
-                pass
-            self._remove_leftovers()
-        except OSError as error:
+        share("checkpoints", self._prepare)
+        if not self._folder.is_dir():
             raise UserError(
-                f"{folder}: cannot hold checkpoints ({error.strerror}); "
-                "choose a directory that can be written"
-            ) from error
+                f"{folder}: process 0 has made it, but it is not there; "
+                "choose a directory that all processes share"
+            )
         # Weights hardly compress (8% by zstd), and trying takes CPU time from the training step.
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -99,7 +97,7 @@ class CheckpointStore:
         leaves = _describe(arrays)
         extra_json = json.dumps(extra)
         # A name of its own, so that nothing a failed save still writes gets into the next one.
-        partial = self._folder / f"{step:08d}.tmp-{secrets.token_hex(4)}"
+        partial = self._folder / f"{step:08d}.tmp-{share('save', lambda: secrets.token_hex(4))}"
         # orbax refuses arrays without elements; the manifest alone can bring those back.
         stored = {name: array for name, array in arrays.items() if array.size}
         self._orbax.save(partial / "state", args=ocp.args.PyTreeSave(stored))
@@ -132,7 +130,7 @@ class CheckpointStore:
         leaves are those of another model.
         """
         self.wait()
-        candidates = self._all_steps()
+        candidates = share("steps", self._all_steps)
         if step is not None:
             if step not in candidates:
                 raise UserError(f"{self._folder}: there is no step {step}; choose of {candidates}")
@@ -140,15 +138,13 @@ class CheckpointStore:
         damages: list[str] = []
         while candidates:
             newest = candidates.pop()
-            try:
-                saved = verify(self._path(newest), newest)
-            except DamagedError as damage:
-                damages.append(f"step {newest} is damaged: {damage}")
-                if candidates:
-                    told = f"{self._folder}: {damages[-1]}; falling back to step {candidates[-1]}"
-                    logger.warning(told)
-            else:
+            saved, damage = self._verify(newest)
+            if damage is None:
                 return newest, *self._read(self._path(newest), saved, abstract_state, part)
+            damages.append(f"step {newest} is damaged: {damage}")
+            if candidates and is_first():
+                told = f"{self._folder}: {damages[-1]}; falling back to step {candidates[-1]}"
+                logger.warning(told)
         if damages:
             raise UserError(
                 f"{self._folder}: no sound checkpoint ({'; '.join(damages)}); "
@@ -164,23 +160,54 @@ class CheckpointStore:
             self._worker.shutdown()
             self._orbax.close()
 
+    def _prepare(self) -> None:
+        """Make the folder, see that it can be written, and clear it of what a killed run left."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+            self._remove_leftovers()
+        except OSError as error:
+            raise UserError(
+                f"{self._folder}: cannot hold checkpoints ({error.strerror}); "
+                "choose a directory that can be written"
+            ) from error
+
+    def _verify(self, step: int) -> tuple[Leaves, str | None]:
+        """The leaves of a step, and what is damaged in it, whichever process found it."""
+        leaves: Leaves = {}
+        damage: str | None = None
+        try:
+            leaves = verify(self._path(step), step, part=(jax.process_index(), jax.process_count()))
+        except DamagedError as error:
+            damage = str(error)
+        found = gather("verify", damage, WORK_SECONDS)
+        return leaves, next((text for text in found if text is not None), None)
+
     def _complete(self, step: int, partial: Path, leaves: Leaves, extra_json: str) -> None:
         """Turn what orbax writes into a complete step; runs in the background."""
         try:
             self._orbax.wait_until_finished()
-            (partial / "extra.json").write_text(extra_json, encoding="utf-8")
-            write_manifest(partial, step, leaves)
-            if self._path(step).exists():
-                self._retire(step)
-            os.rename(partial, self._path(step))
+            # The others' saves are complete when process 0 says so.
+            share("complete", lambda: self._commit(step, partial, leaves, extra_json))
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            if is_first():
+                shutil.rmtree(partial, ignore_errors=True)
             message = f"{self._folder}: step {step} was not saved: {one_line(error)}"
             # Said at once: a program that never waits would not hear of it.
             logger.error(message)
             raise RuntimeError(message) from error
-        flush_directory(self._folder)
-        self._remove_steps_beyond(step)
+        if is_first():
+            flush_directory(self._folder)
+            self._remove_steps_beyond(step)
+
+    def _commit(self, step: int, partial: Path, leaves: Leaves, extra_json: str) -> None:
+        """What follows orbax."""
+        (partial / "extra.json").write_text(extra_json, encoding="utf-8")
+        write_manifest(partial, step, leaves)
+        if self._path(step).exists():
+            self._retire(step)
+        os.rename(partial, self._path(step))
 
     def _read(
         self, path: Path, saved: Leaves, abstract_state: PyTree[jax.ShapeDtypeStruct], part: bool
@@ -203,8 +230,9 @@ class CheckpointStore:
             ),
         )
         for name in wanted.keys() - stored.keys():
-            empty = jnp.zeros(wanted[name].shape, wanted[name].dtype)
-            arrays[name] = jax.device_put(empty, wanted[name].sharding)
+            leaf = wanted[name]
+            make = bind(jnp.zeros, leaf.shape, leaf.dtype)
+            arrays[name] = jax.jit(make, out_shardings=leaf.sharding)()
         structure = jax.tree.structure(abstract_state)
         extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
         return jax.tree.unflatten(structure, [arrays[name] for name in wanted]), extra

@@ -19,9 +19,9 @@ def layout() -> Layout:
 
 
 def test_one_axis_takes_what_the_others_leave() -> None:
-    assert dict(make_mesh().shape) == dict(data=1, fsdp=8, expert=1, tensor=1)
+    assert dict(make_mesh().shape) == dict(data=1, fsdp=8, expert=1, context=1, tensor=1)
     mesh = make_mesh({"fsdp": "auto", "tensor": 4})
-    assert dict(mesh.shape) == dict(data=1, fsdp=2, expert=1, tensor=4)
+    assert dict(mesh.shape) == dict(data=1, fsdp=2, expert=1, context=1, tensor=4)
     assert dict(make_mesh({}, jax.devices()[:1]).shape) == dict.fromkeys(AXES, 1)
 
 
