@@ -66,19 +66,18 @@ class StepsInBucket:
         self._delete(step)
         return self.path(step)
 
-    def commit(self, step: int, leaves: Leaves, extra: str) -> None:
+    def commit(self, step: int, folder: ObjectPath, leaves: Leaves, extra: str) -> None:
         """Make a step of what `begin` gave, once every process has written its state."""
-        folder = self.path(step)
-        objects = json.dumps(_objects(folder / STATE), indent=0, sort_keys=True)
+        objects = json.dumps(_objects(_anew(folder / STATE)), indent=0, sort_keys=True)
         files = {EXTRA: extra.encode(), OBJECTS: objects.encode()}
         for name, data in files.items():
             (folder / name).write_bytes(data)
         digests = {name: _digest(data) for name, data in files.items()}
         (folder / MANIFEST).write_bytes(manifest_bytes(step, leaves, digests))
 
-    def discard(self, step: int) -> None:
+    def discard(self, folder: ObjectPath) -> None:
         """Delete what a failed save has written."""
-        self._delete(step)
+        self._delete(int(folder.name))
 
     def remove_beyond(self, newest: int, keep: int) -> None:
         """Delete all steps but `newest` and the `keep - 1` before it."""
@@ -88,8 +87,10 @@ class StepsInBucket:
             if step not in kept:
                 self._delete(step)
 
-    def verify(self, step: int) -> Leaves:
+    def verify(self, step: int, part: tuple[int, int]) -> Leaves:
         """The leaves of a step, once its objects are known to be those that were saved.
+
+        One listing tells of all, so every process checks every `part`.
 
         Raises:
             DamagedError: one is changed, missing or surplus, or they are of another step.

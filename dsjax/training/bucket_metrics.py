@@ -21,37 +21,32 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from dsjax.places import ObjectPath, as_path, each
-from dsjax.training.metrics import Record, _plain
+from dsjax.training.metrics import MetricsLog, Record, plain, read_metrics
+from sharding.distributed import is_first, share
 
 
 class BucketMetrics:
     """As `MetricsLog`, in parts; `cut` ends one, before a save.
 
-    A resumed run deletes the parts after the step that it resumes from.
+    A resumed run deletes the parts after the step that it resumes from. Of several processes the
+    first one writes; the others' logs do nothing.
     """
 
     def __init__(self, folder: ObjectPath, resume_step: int) -> None:
         self._folder = folder
         self._records: list[Record] = []
-        parts = _parts(folder)
-        for name in [name for name in parts if _step_of(name) > resume_step]:
-            parts.pop(name).unlink(missing_ok=True)
-            _events(folder, name).unlink(missing_ok=True)
-        self._names = set(parts)
-        last = [part for name, part in parts.items() if _step_of(name) == resume_step]
-        self.is_evaluated = any(
-            record["step"] == resume_step and record.get("held_out_complete")
-            for record in _read(last, folder)
-        )
+        self._names: set[str] = set()
+        self.is_evaluated = share("metrics", lambda: self._keep_until(resume_step))
         """Whether all held-out rows were scored at the step that the run resumes from."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Record a step's values; numbers that are not finite become null."""
-        self._records.append({"step": step, **{k: _plain(value) for k, value in values.items()}})
+        self._records.append({"step": step, **{k: plain(value) for k, value in values.items()}})
 
     def cut(self) -> None:
         """Write what was recorded since the last part."""
-        if not self._records:
+        if not self._records or not is_first():
+            self._records.clear()
             return
         records, self._records = self._records, []
         name = self._next_name(records[-1]["step"])
@@ -64,18 +59,37 @@ class BucketMetrics:
         """Write the last part."""
         self.cut()
 
+    def _keep_until(self, step: int) -> bool:
+        """Delete the parts after `step`; returns whether that step was evaluated."""
+        parts = _parts(self._folder)
+        for name in [name for name in parts if _step_of(name) > step]:
+            parts.pop(name).unlink(missing_ok=True)
+            _events(self._folder, name).unlink(missing_ok=True)
+        self._names = set(parts)
+        last = [part for name, part in parts.items() if _step_of(name) == step]
+        return any(r["step"] == step and r.get("held_out_complete") for r in _read(last))
+
     def _next_name(self, step: int) -> str:
         number = sum(_step_of(name) == step for name in self._names)
         return f"{step:08d}-{number}"
 
 
-def read_parts(folder: Path) -> list[Record]:
-    """All records of a run in a bucket, in order."""
-    return _read(list(_parts(folder).values()), folder)
+def open_log(folder: Path, resume_step: int) -> MetricsLog | BucketMetrics:
+    """The log of a run directory, on a disk or in a bucket."""
+    if isinstance(folder, ObjectPath):
+        return BucketMetrics(folder, resume_step)
+    return MetricsLog(folder, resume_step)
 
 
-def _read(parts: list[ObjectPath], folder: Path) -> list[Record]:
-    texts = each(ObjectPath.read_text, parts, folder)
+def read_records(folder: Path) -> list[Record]:
+    """All records of a run directory, on a disk or in a bucket, in order."""
+    if isinstance(folder, ObjectPath):
+        return _read(list(_parts(folder).values()))
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def _read(parts: list[ObjectPath]) -> list[Record]:
+    texts = each(ObjectPath.read_text, parts, parts[0]) if parts else []
     return [json.loads(line) for text in texts for line in text.splitlines()]
 
 

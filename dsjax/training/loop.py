@@ -17,8 +17,10 @@ from dsjax.checkpoint.store import CheckpointStore
 from dsjax.config import RunConfig, schedule_value
 from dsjax.data.held_out import HeldOutRows
 from dsjax.data.pipeline import TrainingIterator, joined_state
+from dsjax.training.bucket_metrics import BucketMetrics
 from dsjax.training.evaluate import add_scores, batches_of, score_rows, summarize
 from dsjax.training.metrics import MetricsLog
+from dsjax.training.profile import StepProfiler
 from dsjax.training.progress import ProgressDisplay
 from dsjax.training.signals import Termination
 from dsjax.training.step import Batch, Knobs, Metrics, TrainState, make_train_step
@@ -74,7 +76,8 @@ class TrainingLoop:
     """Which rows of every microbatch `data` gives."""
     held_out: HeldOutRows | None
     store: CheckpointStore
-    log: MetricsLog
+    log: MetricsLog | BucketMetrics
+    profiler: StepProfiler
     console: Console
     termination: Termination
     exit_code: int | None = None
@@ -107,7 +110,9 @@ class TrainingLoop:
             begin = time.monotonic()
             while not self._done():
                 plan = plan_step(self.config, self.clock)
-                self.state, metrics = self._step(*self._arguments(plan))
+                arguments = self._arguments(plan)
+                with self.profiler.step(self.clock.step + 1, self.state):
+                    self.state, metrics = self._step(*arguments)
                 self.clock = Clock(self.clock.step + 1, self.clock.tokens + plan.tokens)
                 # The last step's numbers are fetched while this one runs.
                 if pending:
@@ -158,6 +163,7 @@ class TrainingLoop:
             "data": joined_state(gather("data", self.data.get_state())),
             "model": self.config.model.model_dump(),
         }
+        self.log.cut()
         self.store.save(self.clock.step, self.state, extra)
         self._saved_at = self.clock.step
 
@@ -174,11 +180,11 @@ class TrainingLoop:
         return self.clock.step % every == 0
 
     def _pause(self) -> None:
-        """Between two steps: save and evaluate what is due."""
-        if self._due(self.config.checkpoint.every_steps):
-            self.save()
+        """Between two steps: evaluate and save what is due; the save covers the record."""
         if self.held_out is not None and self._due(self.config.evaluation.every_steps):
             self.evaluate(self.config.evaluation.batches)
+        if self._due(self.config.checkpoint.every_steps):
+            self.save()
 
     def _compile(self) -> None:
         """Compile before the clock of throughput starts."""

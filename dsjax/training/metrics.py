@@ -37,12 +37,15 @@ class MetricsLog:
         """Record a step's values; numbers that are not finite become null."""
         if self._file is None:
             return
-        record = {"step": step, **{name: _plain(value) for name, value in values.items()}}
+        record = {"step": step, **{name: plain(value) for name, value in values.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
+
+    def cut(self) -> None:
+        """Nothing: a file is appended to at once, and holds no record back until a save."""
 
     def close(self) -> None:
         """Flush and close both."""
@@ -73,9 +76,10 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it; numbers that are not finite become null."""
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, bool | int | str):
         return value
     number = float(value)

@@ -12,7 +12,6 @@ run_dir/summary.json       what the run ended with
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from contextlib import closing
@@ -32,13 +31,15 @@ from dsjax.data.held_out import HeldOutRows, held_out_rows
 from dsjax.data.pipeline import TrainingIterator, sample_texts, training_iterator
 from dsjax.data.sources import Corpus, open_corpus
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from dsjax.errors import UserError, one_line
+from dsjax.errors import UserError
 from dsjax.model.layers import tree_shardings
-from dsjax.places import local_path
+from dsjax.places import as_path
+from dsjax.small_files import write_whole
+from dsjax.training.bucket_metrics import open_log, read_records
 from dsjax.training.host_memory import keep_freed_memory
 from dsjax.training.loop import Clock, TrainingLoop
-from dsjax.training.metrics import MetricsLog, read_metrics
 from dsjax.training.picture import draw_run
+from dsjax.training.profile import StepProfiler
 from dsjax.training.signals import catch_termination
 from dsjax.training.step import TrainState, init_state
 from dsjax.training.summary import show_summary, summary_of
@@ -87,7 +88,7 @@ def _pretrain(config: RunConfig, console: Console) -> None:
     rows = _rows_read_here(config, layout)
     corpus = open_corpus(config.data)
     agree("the data", {"corpus": corpus.fingerprint})
-    folder = local_path(config.run_dir, "a run directory")
+    folder = as_path(config.run_dir)
     tokenizer = _tokenizer(config, corpus, folder, console)
     agree("the tokenizer", {"digest": tokenizer.digest})
     data = training_iterator(
@@ -106,10 +107,13 @@ def _pretrain(config: RunConfig, console: Console) -> None:
         share("run directory", lambda: _write_beginning(config, folder, tokenizer))
         if state is None:
             state = jax.jit(partial(init_state, config), out_shardings=shardings)()
-        with closing(MetricsLog(folder, clock.step)) as log:
-            loop = TrainingLoop(
-                config, layout, state, clock, data, rows, held_out, store, log, console, termination
-            )
+        with (
+            closing(open_log(folder, clock.step)) as log,
+            closing(StepProfiler(config.profile, folder)) as profiler,
+        ):
+            read = (data, rows, held_out)
+            written = (store, log, profiler, console)
+            loop = TrainingLoop(config, layout, state, clock, *read, *written, termination)
             loop.run()
             if loop.exit_code is None and held_out is not None and not log.is_evaluated:
                 loop.evaluate(limit=None)
@@ -120,7 +124,8 @@ def _pretrain(config: RunConfig, console: Console) -> None:
 
 def _write_beginning(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> None:
     settings = config.model_dump(exclude={"distributed"})
-    _write(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    text = yaml.safe_dump(settings, sort_keys=False)
+    write_whole(folder / "config.yaml", text.encode())
     tokenizer.save(folder / "tokenizer")
 
 
@@ -152,7 +157,7 @@ def _tokenizer(config: RunConfig, corpus: Corpus, folder: Path, console: Console
         tokenizer = _trained_tokenizer(config, corpus, console)
     else:
         share("tokenizer", lambda: _trained_tokenizer(config, corpus, console).save(own))
-        tokenizer = load_tokenizer(own)
+        tokenizer = load_tokenizer(str(own))  # in a bucket: what is there now
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} entries, more than "
@@ -204,24 +209,14 @@ def _finish(
     config: RunConfig, folder: Path, corpus: Corpus, held_out: HeldOutRows | None, console: Console
 ) -> None:
     """Picture, summary file and table of a run that has seen all its tokens."""
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_records(folder)
     title = f"{folder.name}: {records[-1]['tokens'] / 1e6:,.2f}M tokens"
     draw_run(records, folder / "training.png", title)
     summary = summary_of(config, records, corpus if held_out is not None else None)
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
     show_summary(summary, console)
     _say(console, f"run directory: {folder}")
 
 
 def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file in one piece."""
-    partial_path = path.with_name(path.name + ".tmp")
-    try:
-        partial_path.write_text(text, encoding="utf-8")
-        os.replace(partial_path, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {one_line(error)}") from error

@@ -34,12 +34,16 @@ def steps(store: ObjectStore) -> StepsInBucket:
     return StepsInBucket(folder)
 
 
+def _verify(steps: StepsInBucket, step: int) -> object:
+    return steps.verify(step, (0, 1))
+
+
 def save(steps: StepsInBucket, step: int, data: bytes = b"numbers") -> None:
     """A step whose state others than orbax have written."""
     folder = steps.begin(step)
     for name in ("state/d/one", "state/d/two", "state/manifest.ocdbt"):
         (folder / name).write_bytes(data + name.encode())
-    steps.commit(step, LEAVES, json.dumps({"tokens": step}))
+    steps.commit(step, folder, LEAVES, json.dumps({"tokens": step}))
 
 
 def test_orbax_saves_into_a_bucket_and_restores_on_another_mesh(steps: StepsInBucket) -> None:
@@ -49,9 +53,9 @@ def test_orbax_saves_into_a_bucket_and_restores_on_another_mesh(steps: StepsInBu
         lib.save(f"{folder}/state", args=ocp.args.PyTreeSave({"a": array}))
         lib.wait_until_finished()
         assert steps.steps() == []
-        steps.commit(3, LEAVES, "{}")
+        steps.commit(3, folder, LEAVES, "{}")
         assert steps.steps() == [3]
-        assert steps.verify(3) == LEAVES
+        assert _verify(steps, 3) == LEAVES
         place = NamedSharding(make_mesh({"fsdp": 8}), PartitionSpec("fsdp"))
         wanted = {"a": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=place)}
         arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -70,9 +74,10 @@ def test_the_weights_of_a_run_in_a_bucket_are_read_tensor_by_tensor(
     with closing(ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))) as lib:
         for step in (1, 2):
             arrays = _name_leaves({"model": place(CONFIG, random_weights(CONFIG, seed=step))})
-            lib.save(f"{steps.begin(step)}/state", args=ocp.args.PyTreeSave(arrays))
+            folder = steps.begin(step)
+            lib.save(f"{folder}/state", args=ocp.args.PyTreeSave(arrays))
             lib.wait_until_finished()
-            steps.commit(step, _describe(arrays), "{}")
+            steps.commit(step, folder, _describe(arrays), "{}")
     store.put(f"{HOME}/00000002/extra.json", b"changed")
     found = read_run(as_path(f"gs://{BUCKET}/run"), CONFIG, check=True)
     expected = random_weights(CONFIG, seed=1)
@@ -93,7 +98,7 @@ def test_the_manifest_is_written_last(steps: StepsInBucket, store: ObjectStore) 
         assert steps.steps() == []
     save(steps, 1)
     assert steps.steps() == [1]
-    assert steps.verify(1) == LEAVES
+    assert _verify(steps, 1) == LEAVES
     assert json.loads((steps.path(1) / "extra.json").read_bytes()) == {"tokens": 1}
 
 
@@ -141,7 +146,7 @@ def test_a_step_that_is_not_what_was_saved_is_found(
     save(steps, 7)
     damage(store, f"{HOME}/00000007")
     with pytest.raises(DamagedError, match=says):
-        steps.verify(7)
+        _verify(steps, 7)
 
 
 def test_a_step_under_the_name_of_another_is_found(
@@ -151,7 +156,7 @@ def test_a_step_under_the_name_of_another_is_found(
     for name, data in store.tree(f"{HOME}/00000007").items():
         store.put(f"{HOME}/00000008/{name}", data)
     with pytest.raises(DamagedError, match="is of step 7"):
-        steps.verify(8)
+        _verify(steps, 8)
 
 
 def test_a_step_is_checked_without_reading_its_state(
@@ -159,7 +164,7 @@ def test_a_step_is_checked_without_reading_its_state(
 ) -> None:
     save(steps, 7, data=b"x" * 100_000)
     store.forget()
-    steps.verify(7)
+    _verify(steps, 7)
     assert not [name for name in store.sent if "/state/" in name]
 
 
@@ -179,7 +184,7 @@ def test_deleting_takes_the_manifest_first(steps: StepsInBucket, store: ObjectSt
         (403, "stopped") if method == "DELETE" and "/state/" in name else None
     )
     with pytest.raises(UserError, match="stopped"):
-        steps.discard(1)
+        steps.discard(steps.path(1))
     store.fail = lambda method, name: None
     assert steps.steps() == []
 
@@ -188,7 +193,7 @@ def test_a_new_save_finds_nothing_of_an_older_one(steps: StepsInBucket, store: O
     save(steps, 1)
     store.put(f"{HOME}/00000001/state/d/older", b"")
     save(steps, 1, data=b"newer")
-    assert steps.verify(1) == LEAVES
+    assert _verify(steps, 1) == LEAVES
 
 
 def test_what_a_killed_run_left_is_cleared(steps: StepsInBucket, store: ObjectStore) -> None:
@@ -196,7 +201,7 @@ def test_what_a_killed_run_left_is_cleared(steps: StepsInBucket, store: ObjectSt
     (steps.begin(2) / "state/d/one").write_bytes(b"half")
     steps.prepare()
     assert {name.split("/")[0] for name in store.tree(HOME)} == {"00000001"}
-    assert steps.verify(1) == LEAVES
+    assert _verify(steps, 1) == LEAVES
 
 
 def test_a_folder_that_cannot_be_written_is_said_to_be(

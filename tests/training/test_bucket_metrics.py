@@ -6,7 +6,7 @@ import math
 import pytest
 
 from dsjax.places import ObjectPath, as_path
-from dsjax.training.bucket_metrics import BucketMetrics, read_parts
+from dsjax.training.bucket_metrics import BucketMetrics, read_records
 from tests.object_store import BUCKET, ObjectStore
 
 
@@ -26,7 +26,7 @@ def record(log: BucketMetrics, steps: range, cut: int = 2) -> None:
 
 
 def losses(folder: ObjectPath) -> list[tuple[int, float]]:
-    return [(r["step"], r["loss"]) for r in read_parts(folder) if "loss" in r]
+    return [(r["step"], r["loss"]) for r in read_records(folder) if "loss" in r]
 
 
 def scalars(store: ObjectStore) -> list[bytes]:
@@ -70,12 +70,12 @@ def test_what_follows_the_last_save_is_kept_with_its_step(
     assert not again.is_evaluated
     again.write(4, {"held_out_loss": 1.25, "held_out_complete": True})
     again.close()
-    assert [r.get("held_out_loss") for r in read_parts(folder)] == [None] * 4 + [1.5, 1.25]
+    assert [r.get("held_out_loss") for r in read_records(folder)] == [None] * 4 + [1.5, 1.25]
     assert len(store.tree("run/metrics")) == len(scalars(store)) == 4
     finished = BucketMetrics(folder, 4)
     assert finished.is_evaluated
     finished.close()
-    assert len(read_parts(folder)) == 6
+    assert len(read_records(folder)) == 6
 
 
 def test_numbers_that_are_not_finite_are_null(folder: ObjectPath, store: ObjectStore) -> None:
