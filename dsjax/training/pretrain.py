@@ -115,7 +115,8 @@ def _pretrain(config: RunConfig, console: Console) -> None:
             written = (store, log, profiler, console)
             loop = TrainingLoop(config, layout, state, clock, *read, *written, termination)
             loop.run()
-            if loop.exit_code is None and held_out is not None and not log.is_evaluated:
+            done_before = log.is_evaluated and loop.clock == clock
+            if loop.exit_code is None and held_out is not None and not done_before:
                 loop.evaluate(limit=None)
         if loop.exit_code is not None:
             sys.exit(loop.exit_code)
