@@ -97,13 +97,39 @@ def schedule_value(stages: list[Stage], tokens: int) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
+class DcnConfig(Section):
+    """Slices along each axis, over the slow network between them."""
+
+    data: int = Field(default=1, ge=1)
+    fsdp: int = Field(default=1, ge=1)
+    expert: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1)
+
+
 class MeshConfig(Section):
-    """Devices along each named axis; `fsdp: auto` takes all that the others leave."""
+    """Devices along each named axis of a slice; `fsdp: auto` takes all that the others leave.
+
+    An axis is as long as its size here times its size in `dcn`.
+    """
 
     data: int = Field(default=1, ge=1)
     fsdp: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     expert: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1)
     tensor: int = Field(default=1, ge=1)
+    dcn: DcnConfig = DcnConfig()
+
+
+class DistributedConfig(Section):
+    """How processes find one another; sharding/distributed.py says what happens without it."""
+
+    coordinator_address: str | None = Field(default=None, pattern=r".+:\d+$")
+    """HOST:PORT of process 0."""
+    num_processes: int | None = Field(default=None, ge=1)
+    process_id: int | None = Field(default=None, ge=0)
+    initialization_timeout: int = Field(default=300, gt=0)
+    """Seconds that the first process waits for the last one at the start."""
 
 
 class SourceConfig(Section):
@@ -126,6 +152,9 @@ class DataConfig(Section):
     sequence_length: int = Field(gt=1)
     shuffle_window: int = Field(1024, gt=0)
     """Rows of a source that are shuffled together, and read anew when a run is resumed."""
+    streams: int = Field(1, gt=0)
+    """Streams of documents that the rows of a batch are dealt from: a process tokenizes only those
+    of its rows. It stays the same for the life of a run."""
     fim_rate: float = Field(0.1, ge=0, le=1)
     held_out_fraction: float = Field(0.0, ge=0, lt=1)
     deduplicate: bool = True
@@ -186,6 +215,13 @@ class EvaluationConfig(Section):
     sample_tokens: int = Field(0, ge=0)
 
 
+class ProfileConfig(Section):
+    """Which steps are traced by `jax.profiler`; the first ones of a run are not typical."""
+
+    start_step: int = Field(10, gt=0)
+    steps: int = Field(3, gt=0)
+
+
 class RunConfig(Section):
     """Everything a training run is made of."""
 
@@ -194,12 +230,14 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     rules: dict[str, list[str]] = Field({})
     data: DataConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
+    profile: ProfileConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -212,5 +250,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} leaves no target for "
                 f"{self.model.num_nextn_predict_layers} MTP layers; choose a longer one"
+            )
+        if self.training.microbatch_size % self.data.streams:
+            raise ValueError(
+                f"training.microbatch_size={self.training.microbatch_size} rows cannot be dealt "
+                f"from data.streams={self.data.streams} streams; choose a divisor"
             )
         return self

@@ -1,4 +1,4 @@
-"""Files that are small unless something is wrong: read within bounds, and JSON that is JSON.
+"""Files that are small unless something is wrong: read within bounds, written whole; real JSON.
 
 What lies beside weights comes from strangers, or from half a download. A pipe never ends, a device
 has no size, and a text of brackets takes twenty times its size once it is parsed.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from io import BufferedReader
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, NoReturn
 
 from dsjax.errors import UserError, one_line
-from dsjax.places import ObjectStoreError
+from dsjax.places import ObjectPath, ObjectStoreError
 
 MAX_JSON_BYTES = 20_000_000
 """What is parsed at once: at its worst some 500 MB of objects. DeepSeek-R1's index has 9 MB,
@@ -52,6 +53,24 @@ def read_small(file: Path, limit: int = MAX_BYTES) -> bytes:
     if size > limit:
         raise UserError(f"{file}: has {size} bytes, the limit is {limit}; it is damaged")
     return data
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Make or replace a file, or an object, in one piece: no one finds half of it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if isinstance(file, ObjectPath):
+        file.write_bytes(data)
+        return
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

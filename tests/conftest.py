@@ -25,6 +25,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.object_store import store as store
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 CHECKED = [

@@ -107,7 +107,8 @@ def test_an_unknown_key_names_the_nearest_valid_one() -> None:
             "optimizer.learning_rate=[{value: 1, shap: linear}]",
             "'optimizer.learning_rate.0.shap'; .* 'shape'",
         ),
-        ("mesh.context=2", r"'mesh.context'; the nearest valid key is"),
+        ("mesh.contxt=2", r"'mesh.contxt'; the nearest valid key is 'context'"),
+        ("mesh.dcn.dat=2", r"'mesh.dcn.dat'; the nearest valid key is 'data'"),
     ],
 )
 def test_an_unknown_nested_key_names_the_nearest_valid_one(

@@ -239,7 +239,7 @@ def test_the_map_shows_the_house_as_it_is():
         assert (ROOT / "".join(path)).exists(), f"{''.join(path)} is drawn, but not there"
         if not name.endswith("/"):
             drawn.append("".join(path))
-    folders = ("dsjax", "sharding", "configs", "benchmarks", "docs", ".ci")
+    folders = ("dsjax", "sharding", "configs", "deploy", "benchmarks", "docs", ".ci")
     there = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
     there |= {*(ROOT / "tests").glob("*.py"), *DOOR_FILES}
     names = {str(path.relative_to(ROOT)) for path in there if path.suffix != ".pyc"}

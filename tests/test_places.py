@@ -6,6 +6,8 @@ import pytest
 
 from dsjax.errors import UserError
 from dsjax.places import ObjectPath, as_path, local_path
+from dsjax.small_files import write_whole
+from tests.object_store import BUCKET, ObjectStore
 
 
 def test_a_path_of_this_machine_stays_what_it_is(tmp_path: Path) -> None:
@@ -49,3 +51,14 @@ def test_no_object_is_taken_for_a_file() -> None:
             use()
     with pytest.raises(UserError, match="gs://bucket/a: a run must be on a disk of this machine"):
         local_path(path, "a run")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, store: ObjectStore) -> None:
+    for file in (tmp_path / "a", as_path(f"gs://{BUCKET}/a")):
+        for data in (b"long before", b"after"):
+            write_whole(file, data)
+            assert file.read_bytes() == data
+    (tmp_path / "folder/inside").mkdir(parents=True)
+    with pytest.raises(UserError, match="folder: cannot be written"):
+        write_whole(tmp_path / "folder", b"data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "folder"]

@@ -53,7 +53,7 @@ def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> Transformer:
         jax.random.key(0),
     )
     placed = abstract_on(abstract, tree_shardings(abstract, layout))
-    with closing(CheckpointStore(folder / "checkpoints", config.checkpoint.keep)) as store:
+    with closing(CheckpointStore(folder / "checkpoints", keep=None)) as store:
         restored = store.restore({"model": placed}, part=True)
     if restored is None:
         raise UserError(f"{folder}: the run has no checkpoint yet; let it train longer")

@@ -20,7 +20,9 @@ from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.manifest import MANIFEST, DamagedError, read_manifest, verify
 from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.checkpoint.steps_in_bucket import verify_step
 from dsjax.errors import UserError, one_line
+from dsjax.places import ObjectPath
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ def newest_step(folder: Path, *, check: bool = True) -> tuple[Path, dict[str, di
             damages.append(f"step {step} has no {MANIFEST}")
             continue
         try:
-            leaves = verify(path, step) if check else read_manifest(path)["leaves"]
+            leaves = _verify(path, step) if check else read_manifest(path)["leaves"]
         except DamagedError as damage:
             damages.append(f"step {step} is damaged: {damage}")
             continue
@@ -89,6 +91,10 @@ def newest_step(folder: Path, *, check: bool = True) -> tuple[Path, dict[str, di
         return path, leaves
     why = "; ".join(damages) or "it has none yet; let it train longer"
     raise UserError(f"{folder}: no sound checkpoint ({why})")
+
+
+def _verify(path: Path, step: int) -> dict[str, dict[str, Any]]:
+    return verify_step(path, step) if isinstance(path, ObjectPath) else verify(path, step)
 
 
 def read_run(folder: Path, config: ModelConfig, *, check: bool) -> dict[str, RunTensor]:
@@ -122,14 +128,15 @@ def read_run(folder: Path, config: ModelConfig, *, check: bool) -> dict[str, Run
 
 def _open(step: Path, leaf: str, described: dict[str, Any], context: Any) -> Any:
     """The stored array, which must be what the manifest says of it."""
-    base = f"{(step / 'state').absolute()}/"
+    state = (step / "state").absolute()
+    if isinstance(state, ObjectPath):
+        bucket, _, name = state.key.partition("/")
+        base = {"driver": "gcs", "bucket": bucket, "path": f"{name}/"}
+    else:
+        base = {"driver": "file", "path": f"{state}/"}
     store = {
         "driver": "zarr",
-        "kvstore": {
-            "driver": "ocdbt",
-            "base": {"driver": "file", "path": base},
-            "path": f"{leaf}/",
-        },
+        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{leaf}/"},
     }
     try:
         array = ts.open(store, context=context, open=True, read=True).result()

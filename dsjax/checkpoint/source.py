@@ -86,7 +86,6 @@ def kind_of(folder: Path) -> str:
         local_path(folder, "a GGUF file")
         return GGUF
     if (folder / "checkpoints").is_dir():
-        local_path(folder, "a run")
         return RUN
     if (folder / WEIGHTS).is_dir() and (folder / CONFIG).is_file():
         return DSJAX

@@ -1,16 +1,9 @@
 """The training checkpoints of one run: asynchronous, atomic, and checked before they are used.
 
-A complete step is a folder that got its name by one `rename`, after everything in it was on disk:
-
-    folder/00000120/state/          every array, as orbax writes it (OCDBT)
-    folder/00000120/extra.json      what is not an array: iterator, fingerprints, tokens seen
-    folder/00000120/manifest.json   digest of every file, shape and dtype of every array
-    folder/00000121.tmp-1f9a03c2/   a save that is under way, or was killed: never a checkpoint
-    folder/00000060.old/            a step that is being deleted: no longer a checkpoint
-
-Assumes that one run owns the folder, and that one process owns all arrays. With several processes
-orbax's barriers already cover `state/`; process 0 alone would then have to choose the `.tmp` name
-and to do what follows orbax in `_complete`, with a barrier after it.
+`steps_on_disk` and `steps_in_bucket` say what makes a step complete in either place; here orbax
+writes and reads the arrays. Assumes that one run owns the folder, and that all its processes see
+it. Each writes and reads its part of the arrays; process 0 does alone what comes before orbax and
+after it. Digests are checked by all, each a share of the files, and all use the same step.
 """
 
 from __future__ import annotations
@@ -18,11 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import secrets
-import shutil
-import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial as bind
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,15 +21,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from dsjax.checkpoint.manifest import (
-    MANIFEST,
-    DamagedError,
-    Leaves,
-    flush_directory,
-    verify,
-    write_manifest,
-)
+from dsjax.checkpoint.manifest import MANIFEST, DamagedError, Leaves
+from dsjax.checkpoint.steps_in_bucket import StepsInBucket
+from dsjax.checkpoint.steps_on_disk import StepsOnDisk
 from dsjax.errors import UserError, one_line
+from dsjax.places import ObjectPath, as_path
+from sharding.distributed import WORK_SECONDS, gather, is_first, share
 
 Leaf = TypeVar("Leaf", jax.Array, jax.ShapeDtypeStruct)
 
@@ -59,26 +46,26 @@ def abstract_on(abstract: Any, shardings: Any) -> Any:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, the newest `keep` of them, under `folder`.
+    """The checkpoints of one run, the newest `keep` of them, under `folder`, also in a bucket.
 
     Use it in `contextlib.closing`: a program that ends without `wait` or `close` loses the save
     that is under way. Raises `UserError` when nothing can be written in `folder`; removes what a
-    killed run left unfinished there.
+    killed run left unfinished there. With `keep` None it only reads: a run that is under way owns
+    the folder, and what looks unfinished is its save.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder = folder.absolute()
+    def __init__(self, folder: Path, keep: int | None) -> None:
+        self._folder = folder = folder.absolute()
         self._keep = keep
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder):
-                pass
-            self._remove_leftovers()
-        except OSError as error:
+        remote = isinstance(folder, ObjectPath)
+        self._steps: Any = StepsInBucket(folder) if remote else StepsOnDisk(folder)
+        if keep is not None:
+            share("checkpoints", self._steps.prepare)
+        if not remote and not folder.is_dir():
             raise UserError(
-                f"{folder}: cannot hold checkpoints ({error.strerror}); "
-                "choose a directory that can be written"
-            ) from error
+                f"{folder}: process 0 has made it, but it is not there; "
+                "choose a directory that all processes share"
+            )
         # Weights hardly compress (8% by zstd), and trying takes CPU time from the training step.
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -98,11 +85,10 @@ class CheckpointStore:
         arrays = _name_leaves(state)
         leaves = _describe(arrays)
         extra_json = json.dumps(extra)
-        # A name of its own, so that nothing a failed save still writes gets into the next one.
-        partial = self._folder / f"{step:08d}.tmp-{secrets.token_hex(4)}"
+        partial = as_path(share("save", lambda: str(self._steps.begin(step))))
         # orbax refuses arrays without elements; the manifest alone can bring those back.
         stored = {name: array for name, array in arrays.items() if array.size}
-        self._orbax.save(partial / "state", args=ocp.args.PyTreeSave(stored))
+        self._orbax.save(f"{partial}/state", args=ocp.args.PyTreeSave(stored))
         self._pending = self._worker.submit(self._complete, step, partial, leaves, extra_json)
 
     def wait(self) -> None:
@@ -113,7 +99,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The complete steps, oldest first. What is in them is checked by `restore`."""
-        return [step for step in self._all_steps() if (self._path(step) / MANIFEST).is_file()]
+        path = self._steps.path
+        return [step for step in self._steps.steps() if (path(step) / MANIFEST).is_file()]
 
     def restore(
         self,
@@ -132,7 +119,7 @@ class CheckpointStore:
         leaves are those of another model.
         """
         self.wait()
-        candidates = self._all_steps()
+        candidates = share("steps", self._steps.steps)
         if step is not None:
             if step not in candidates:
                 raise UserError(f"{self._folder}: there is no step {step}; choose of {candidates}")
@@ -140,15 +127,13 @@ class CheckpointStore:
         damages: list[str] = []
         while candidates:
             newest = candidates.pop()
-            try:
-                saved = verify(self._path(newest), newest)
-            except DamagedError as damage:
-                damages.append(f"step {newest} is damaged: {damage}")
-                if candidates:
-                    told = f"{self._folder}: {damages[-1]}; falling back to step {candidates[-1]}"
-                    logger.warning(told)
-            else:
-                return newest, *self._read(self._path(newest), saved, abstract_state, part)
+            saved, damage = self._verify(newest)
+            if damage is None:
+                return newest, *self._read(self._steps.path(newest), saved, abstract_state, part)
+            damages.append(f"step {newest} is damaged: {damage}")
+            if candidates and is_first():
+                told = f"{self._folder}: {damages[-1]}; falling back to step {candidates[-1]}"
+                logger.warning(told)
         if damages:
             raise UserError(
                 f"{self._folder}: no sound checkpoint ({'; '.join(damages)}); "
@@ -164,23 +149,32 @@ class CheckpointStore:
             self._worker.shutdown()
             self._orbax.close()
 
+    def _verify(self, step: int) -> tuple[Leaves, str | None]:
+        """The leaves of a step, and what is damaged in it, whichever process found it."""
+        leaves: Leaves = {}
+        damage: str | None = None
+        try:
+            leaves = self._steps.verify(step, (jax.process_index(), jax.process_count()))
+        except DamagedError as error:
+            damage = str(error)
+        found = gather("verify", damage, WORK_SECONDS)
+        return leaves, next((text for text in found if text is not None), None)
+
     def _complete(self, step: int, partial: Path, leaves: Leaves, extra_json: str) -> None:
         """Turn what orbax writes into a complete step; runs in the background."""
         try:
             self._orbax.wait_until_finished()
-            (partial / "extra.json").write_text(extra_json, encoding="utf-8")
-            write_manifest(partial, step, leaves)
-            if self._path(step).exists():
-                self._retire(step)
-            os.rename(partial, self._path(step))
+            # The others' saves are complete when process 0 says so.
+            share("complete", lambda: self._steps.commit(step, partial, leaves, extra_json))
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            if is_first():
+                self._steps.discard(partial)
             message = f"{self._folder}: step {step} was not saved: {one_line(error)}"
             # Said at once: a program that never waits would not hear of it.
             logger.error(message)
             raise RuntimeError(message) from error
-        flush_directory(self._folder)
-        self._remove_steps_beyond(step)
+        if is_first():
+            self._steps.remove_beyond(step, self._keep)
 
     def _read(
         self, path: Path, saved: Leaves, abstract_state: PyTree[jax.ShapeDtypeStruct], part: bool
@@ -195,7 +189,7 @@ class CheckpointStore:
                 raise ValueError(f"the abstract leaf {name} has no sharding; give it one")
         stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
         arrays = self._orbax.restore(
-            path / "state",
+            f"{path}/state",
             args=ocp.args.PyTreeRestore(
                 stored,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
@@ -203,37 +197,12 @@ class CheckpointStore:
             ),
         )
         for name in wanted.keys() - stored.keys():
-            empty = jnp.zeros(wanted[name].shape, wanted[name].dtype)
-            arrays[name] = jax.device_put(empty, wanted[name].sharding)
+            leaf = wanted[name]
+            make = bind(jnp.zeros, leaf.shape, leaf.dtype)
+            arrays[name] = jax.jit(make, out_shardings=leaf.sharding)()
         structure = jax.tree.structure(abstract_state)
         extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
         return jax.tree.unflatten(structure, [arrays[name] for name in wanted]), extra
-
-    def _path(self, step: int) -> Path:
-        return self._folder / f"{step:08d}"
-
-    def _all_steps(self) -> list[int]:
-        """Steps that have their final name, whatever is in them, oldest first."""
-        names = [path.name for path in self._folder.iterdir()]
-        return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
-
-    def _remove_steps_beyond(self, newest: int) -> None:
-        """Delete all steps but `newest` and the `keep - 1` before it."""
-        steps = self._all_steps()
-        kept = [step for step in steps if step <= newest][-self._keep :]
-        for step in steps:
-            if step not in kept:
-                self._retire(step)
-        self._remove_leftovers()
-
-    def _retire(self, step: int) -> None:
-        """Take the name of a step away at once, so that a half deleted step never looks whole."""
-        os.rename(self._path(step), self._path(step).with_suffix(".old"))
-
-    def _remove_leftovers(self) -> None:
-        for path in self._folder.iterdir():
-            if re.fullmatch(r"\d{8,}\.(tmp-[0-9a-f]{8}|old)", path.name):
-                shutil.rmtree(path)
 
 
 def _name_leaves(tree: PyTree[Leaf]) -> dict[str, Leaf]:

@@ -1,15 +1,13 @@
 """Documents in text files, JSONL, parquet and ArrayRecord, each read by its number.
 
 Nothing is held in memory but where documents begin: eight bytes each for JSONL, the sizes of row
-groups for parquet, counts for ArrayRecord.
+groups for parquet, counts for ArrayRecord. In a bucket a document of JSONL is one request, and so
+is a row group's column of parquet; what is read in order is read ahead.
 """
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-import sysconfig
 import threading
 from abc import ABC, abstractmethod
 from array import array
@@ -18,21 +16,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dsjax.config import SourceConfig
+from dsjax.data.files import File, find_files, standard_library_files
 from dsjax.errors import UserError, one_line
-from dsjax.places import local_path
+from dsjax.places import REQUESTS, ObjectPath, ObjectStoreError, ahead, each, local_path
 
 PYTHON_STDLIB = "python-stdlib"
-
-
-class File(NamedTuple):
-    """A file of a source. `name` is its path below the source's root: the same on every machine."""
-
-    path: Path
-    name: str
-    size: int
 
 
 class Documents(ABC):
@@ -56,7 +47,16 @@ class Documents(ABC):
         """The name that decides on which side of the held-out split a document falls."""
 
     def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
+        return self.read(range(len(self)))
+
+    def read(self, indices: Iterable[int]) -> Iterator[str]:
+        """These documents, in this order; in a bucket several are asked for at a time."""
+        return ahead(self.__getitem__, indices, self.files[0].path)
+
+    @property
+    def threads(self) -> int:
+        """How many readers of single documents are worth having: in a bucket they mostly wait."""
+        return REQUESTS if isinstance(self.files[0].path, ObjectPath) else 1
 
 
 def open_documents(source: SourceConfig) -> Documents:
@@ -83,56 +83,6 @@ def open_documents(source: SourceConfig) -> Documents:
             f"{source.path}: {len(documents.files)} files hold no document; expected some"
         )
     return documents
-
-
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
-
-
-def find_files(pattern: str) -> list[File]:
-    """The files that match a glob (`**` crosses folders), sorted by name below its fixed part."""
-    pattern = str(local_path(os.path.expanduser(pattern), "training data"))
-    if os.path.isdir(pattern):
-        raise UserError(f"{pattern}: is a folder; expected a glob such as {pattern}/**/*.txt")
-    fixed: list[str] = []
-    for part in Path(pattern).parts[:-1]:
-        if any(character in part for character in "*?["):
-            break
-        fixed.append(part)
-    root = Path(*fixed)
-    paths = {Path(path) for path in glob.iglob(pattern, recursive=True) if os.path.isfile(path)}
-    if not paths:
-        raise UserError(f"{pattern}: no file matches; expected a path or a glob in data.sources")
-    return _named(root, paths)
-
-
-def standard_library_files() -> list[File]:
-    """The .py files of the running interpreter's standard library, installed packages left out.
-
-    A few test files are deliberately not UTF-8; they are left out too.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    paths: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [
-            f for f in folders if f not in ("site-packages", "dist-packages", "__pycache__")
-        ]
-        paths += [Path(folder, name) for name in names if name.endswith(".py")]
-    return _named(root, [path for path in paths if path.is_file() and _is_utf8(path)])
-
-
-def _named(root: Path, paths: Iterable[Path]) -> list[File]:
-    files = [File(path, path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
-    return sorted(files, key=lambda file: file.name)
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _decode(data: bytes, path: Path, begin: int = 0) -> str:
@@ -162,8 +112,8 @@ class TextFiles(Documents):
         return len(self.files)
 
     def __getitem__(self, index: int) -> str:
-        path = self.files[index].path
-        return _decode(path.read_bytes(), path)
+        file = self.files[index]
+        return _decode(file.read(), file.path)
 
     def key(self, index: int) -> str:
         """The file's name."""
@@ -198,28 +148,41 @@ class JsonLines(Records):
     """One JSON object a line; the document stands under `text_key`. Blank lines are skipped."""
 
     def __init__(self, files: list[File], text_key: str):
-        self._begins = [_line_begins(file.path) for file in files]
+        self._begins = each(_line_begins, files, files[0].path)
         self._text_key = text_key
         super().__init__(files, [len(begins) for begins in self._begins])
 
     def __getitem__(self, index: int) -> str:
-        file, number = self.locate(index)
-        path, begin = self.files[file].path, self._begins[file][number]
-        with path.open("rb") as stream:
-            stream.seek(begin)
-            line = _decode(stream.readline(), path, begin)
+        number, line = self.locate(index)
+        file, begins = self.files[number], self._begins[number]
+        # What lies between two lines that are not blank is blank, so it can be read along.
+        end = begins[line + 1] if line + 1 < len(begins) else file.size
+        return self._parse(file, begins[line], file.read(begins[line], end))
+
+    def __iter__(self) -> Iterator[str]:
+        """All, from front to back: a request for many of them, where one by one is one for each."""
+        for file in self.files:
+            at = 0
+            with file.open() as stream:
+                for line in stream:
+                    if not line.isspace():
+                        yield self._parse(file, at, line)
+                    at += len(line)
+
+    def _parse(self, file: File, begin: int, line: bytes) -> str:
+        """The document in the line that begins at this byte."""
         try:
-            return _text_of(line, self._text_key)
+            return _text_of(_decode(line, file.path, begin), self._text_key)
         except ValueError as error:
-            where = f"{path}:{_line_number(path, begin)}"
+            where = f"{file.path}:{_line_number(file, begin)}"
             raise UserError(
                 f"{where}: {error}; expected an object with {self._text_key!r}"
             ) from None
 
 
-def _line_begins(path: Path) -> array[int]:
+def _line_begins(file: File) -> array[int]:
     begins, at = array("q"), 0
-    with path.open("rb") as stream:
+    with file.open() as stream:
         for line in stream:
             if not line.isspace():
                 begins.append(at)
@@ -249,9 +212,13 @@ def _text_of(line: str, text_key: str) -> str:
     return text
 
 
-def _line_number(path: Path, begin: int) -> int:
-    with path.open("rb") as stream:
-        return 1 + stream.read(begin).count(b"\n")
+def _line_number(file: File, begin: int) -> int:
+    number, at = 0, 0
+    with file.open() as stream:
+        while at <= begin:
+            at += len(stream.readline())
+            number += 1
+    return number
 
 
 class ParquetRows(Records):
@@ -262,7 +229,7 @@ class ParquetRows(Records):
     """
 
     def __init__(self, files: list[File], text_key: str):
-        groups = [_row_groups(file.path, text_key) for file in files]
+        groups = each(lambda file: _row_groups(file.path, text_key), files, files[0].path)
         super().__init__(files, [sum(rows) for rows in groups])
         self.blocks = [rows for of_file in groups for rows in of_file]
         self._group_ends = list(accumulate(self.blocks))
@@ -291,8 +258,13 @@ class ParquetRows(Records):
         from pyarrow import parquet
 
         file, number = self._place_of_group[group]
-        with parquet.ParquetFile(self.files[file].path) as stream:
+        with parquet.ParquetFile(_readable(self.files[file].path)) as stream:
             return stream.read_row_group(number, columns=[self._text_key]).column(0)
+
+
+def _readable(path: Path) -> Any:
+    """What pyarrow reads: it fetches of a bucket's object the footer and the columns it wants."""
+    return path.open("rb") if isinstance(path, ObjectPath) else path
 
 
 def _row_groups(path: Path, text_key: str) -> list[int]:
@@ -305,8 +277,10 @@ def _row_groups(path: Path, text_key: str) -> list[int]:
             f"{path}: reading parquet needs pyarrow; pip install 'dsjax[data]'"
         ) from None
     try:
-        with parquet.ParquetFile(path) as stream:
+        with parquet.ParquetFile(_readable(path)) as stream:
             metadata, schema = stream.metadata, stream.schema_arrow
+    except ObjectStoreError:
+        raise  # it says all that is known, in one line
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet: {one_line(error)}") from None
     if text_key not in schema.names:
@@ -319,7 +293,7 @@ def _row_groups(path: Path, text_key: str) -> list[int]:
 
 
 class ArrayRecords(Records):
-    """One document a record, as UTF-8 bytes. Needs array-record."""
+    """One document a record, as UTF-8 bytes. Needs array-record, which reads disks only."""
 
     def __init__(self, files: list[File]):
         self._sources = [_array_record(file.path) for file in files]
@@ -338,6 +312,7 @@ class ArrayRecords(Records):
 
 
 def _array_record(path: Path) -> Any:
+    local_path(path, "an ArrayRecord file (parquet and jsonl are read in buckets)")
     try:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
     except ImportError:

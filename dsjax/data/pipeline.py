@@ -1,8 +1,8 @@
-"""The iterator that training reads: endless, mixed, sharded by process, exactly resumable."""
+"""The iterator that training reads: endless, mixed, by rows, exactly resumable."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import grain
@@ -16,16 +16,14 @@ from dsjax.data.shuffle import ShuffledDocuments
 from dsjax.data.sources import Corpus, Selection
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.errors import UserError
-
-# One thread tokenizes some 500,000 tokens a second: more than a host's accelerators train on.
-_PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
+from dsjax.places import ahead
 
 _AHEAD = 64
 """Microbatches made before they are asked for: a shuffle window is filled while these are used."""
 
 
 class Batch(TypedDict):
-    """One microbatch of this process. Segments count from 1 in every row and bound attention."""
+    """The rows of one microbatch. Segments count from 1 in every row and bound attention."""
 
     tokens: Int32[np.ndarray, "B S"]
     segment_ids: Int32[np.ndarray, "B S"]
@@ -38,33 +36,34 @@ def training_iterator(
     *,
     microbatch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> TrainingIterator:
-    """Read `corpus.train` for ever, `microbatch_size` rows at a time for this process.
+    """Read `corpus.train` for ever: of every microbatch of `microbatch_size` rows, `rows`, or all.
 
-    Each source is shuffled anew every epoch; of the stream that results, process p of n takes every
-    n-th document from the p-th on, so that the processes' shares are disjoint and together
-    complete. Documents become bos, tokens, eos, a `fim_rate` of them with the middle last, and are
-    packed per source. The rows of a long document follow one another, and would make batch after
-    batch of a single document: they are shuffled within windows. Sources are then mixed row by
-    row, so that a source's weight is its share of the tokens (to one percent of itself), whatever
-    its documents' lengths.
+    What row r of the n-th microbatch is depends on the seed, the sizes and `config.streams`, not on
+    who reads it: processes that read some rows each, whatever their number, together read what a
+    single one does, and every document comes once.
+
+    Each source is shuffled anew every epoch; of the documents that result, stream s of n takes
+    every n-th from the s-th on, and gives every microbatch its s-th n-th of rows. Only the streams
+    of `rows` are read. Documents become bos, tokens, eos, a `fim_rate` of them with the middle
+    last, and are packed per source. The rows of a long document follow one another, and would make
+    batch after batch of a single document: they are shuffled within windows. Sources are then mixed
+    row by row, so that a source's weight is its share of the tokens (to one percent of itself),
+    whatever its documents' lengths.
 
     Raises `UserError` when the tokenizer lacks a token that is needed.
     """
     tokenizer.document([])  # an error of the tokenizer is better now than in a thread
     if config.fim_rate > 0:
         fim_ids(tokenizer)
+    each = microbatch_size // config.streams
+    rows = range(microbatch_size) if rows is None else rows
     seeds = np.random.SeedSequence(seed).spawn(len(corpus.train))
-    rows = [
-        _shuffled_rows(selection, tokenizer, config, source_seed, process_index, process_count)
-        for selection, source_seed in zip(corpus.train, seeds, strict=True)
-    ]
-    mixed = grain.IterDataset.mix(rows, [selection.weight for selection in corpus.train])
-    batches = grain.experimental.ThreadPrefetchIterDataset(
-        mixed.batch(microbatch_size), prefetch_buffer_size=_AHEAD
-    )
+    streams = {
+        stream: _batches(corpus, tokenizer, config, seeds, stream, each)
+        for stream in sorted({row // each for row in rows})
+    }
     identity = {
         "corpus": corpus.fingerprint,
         "tokenizer": tokenizer.digest,
@@ -72,41 +71,69 @@ def training_iterator(
         "fim_rate": config.fim_rate,
         "shuffle_window": config.shuffle_window,
         "seed": seed,
-        "process_index": process_index,
-        "process_count": process_count,
+        "streams": config.streams,
     }
-    return TrainingIterator(iter(batches), identity)
+    return TrainingIterator(streams, [divmod(row, each) for row in rows], identity)
 
 
-class TrainingIterator(grain.DatasetIterator[Batch]):
+class TrainingIterator(Iterator[Batch]):
     """Batches whose position can be saved as JSON, and is only taken back for the same data.
 
     grain accepts any iterator's position for any other; here the position carries what it is a
     position in.
     """
 
-    def __init__(self, batches: grain.DatasetIterator[Batch], identity: dict[str, Any]):
-        super().__init__(batches)
-        self._batches = batches
+    def __init__(
+        self,
+        streams: dict[int, grain.DatasetIterator[Batch]],
+        rows: list[tuple[int, int]],
+        identity: dict[str, Any],
+    ):
+        """Every batch is made of `rows`: of which stream, and which of the rows that it gives."""
+        self._streams = streams
+        self._rows = rows
         self._identity = identity
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        batches = {stream: next(batches) for stream, batches in self._streams.items()}
+        tokens, segment_ids = (
+            np.stack([batches[stream][key][row] for stream, row in self._rows])
+            for key in ("tokens", "segment_ids")
+        )
+        return Batch(tokens=tokens, segment_ids=segment_ids)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        for batches in self._streams.values():
+            batches.close()
 
     def get_state(self) -> dict[str, Any]:
-        """The position before the next batch, and the identity of the data; fit for JSON."""
-        return {"data": dict(self._identity), "position": self._batches.get_state()}
+        """The position before the next batch, and the identity of the data; fit for JSON.
+
+        It is of the streams that are read here; `joined_state` makes one of several processes'.
+        """
+        position = {str(stream): batches.get_state() for stream, batches in self._streams.items()}
+        return {"data": dict(self._identity), "position": position}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on where `get_state` was taken; `UserError` when that was in other data."""
         for key, mine in self._identity.items():
-            saved = state["data"][key]
+            saved = state["data"].get(key)
             if saved != mine:
                 raise UserError(
                     f"cannot resume from a position in other data: {key} was {saved}, is {mine}; "
                     "restore the data and settings of the saved run, or start another run"
                 )
-        self._batches.set_state(state["position"])
+        for stream, batches in self._streams.items():
+            batches.set_state(state["position"][str(stream)])
+
+
+def joined_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state of the states of iterators that together read all rows."""
+    position: dict[str, Any] = {}
+    for state in states:
+        position |= state["position"]
+    return {"data": states[0]["data"], "position": position}
 
 
 def sample_texts(corpus: Corpus, max_bytes: int) -> Iterator[str]:
@@ -119,12 +146,32 @@ def sample_texts(corpus: Corpus, max_bytes: int) -> Iterator[str]:
     for selection in corpus.train:
         left = max_bytes * selection.weight / total
         shuffled = ShuffledDocuments(selection, seed=0)
-        for index in range(len(shuffled)):
+        place = selection.documents.files[0].path
+        for text in ahead(shuffled.__getitem__, range(len(shuffled)), place):
             if left <= 0:
                 break
-            text = shuffled[index]
             left -= len(text.encode())
             yield text
+
+
+def _batches(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    seeds: list[np.random.SeedSequence],
+    stream: int,
+    rows: int,
+) -> grain.DatasetIterator[Batch]:
+    """One stream, so many rows at a time, read ahead by a thread."""
+    shuffled = [
+        _shuffled_rows(selection, tokenizer, config, seed, stream)
+        for selection, seed in zip(corpus.train, seeds, strict=True)
+    ]
+    mixed = grain.IterDataset.mix(shuffled, [selection.weight for selection in corpus.train])
+    ahead = grain.experimental.ThreadPrefetchIterDataset(
+        mixed.batch(rows), prefetch_buffer_size=_AHEAD
+    )
+    return iter(ahead)
 
 
 def _shuffled_rows(
@@ -132,13 +179,16 @@ def _shuffled_rows(
     tokenizer: Tokenizer,
     config: DataConfig,
     seed: np.random.SeedSequence,
-    process_index: int,
-    process_count: int,
+    stream: int,
 ) -> grain.IterDataset[Row]:
-    """The endless rows of a source's documents that belong to one process."""
+    """The endless rows of a source's documents that belong to one stream."""
     shuffle_seed, fim_seed, row_seed = seed.generate_state(3).tolist()
     documents = _encoded(selection, tokenizer, config.fim_rate, shuffle_seed, fim_seed)
-    mine = documents[process_index::process_count].to_iter_dataset(_PREFETCH)
+    # One thread tokenizes some 500,000 tokens a second, more than a host's accelerators train on;
+    # more of them only wait for a bucket's answers.
+    threads = selection.documents.threads
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16, threads))
+    mine = documents[stream :: config.streams].to_iter_dataset(options)
     return grain.experimental.WindowShuffleIterDataset(
         PackedRows(mine, config.sequence_length),
         window_size=config.shuffle_window,

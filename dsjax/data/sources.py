@@ -22,7 +22,7 @@ from dsjax.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Some documents of one source, in its order, each read from disk when it is asked for.
+    """Some documents of one source, in its order, each read when it is asked for.
 
     `weight` is the source's share of the training tokens, relative to the others'.
     """
@@ -38,7 +38,7 @@ class Selection:
         return self.documents[int(self.indices[index])]
 
     def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
+        return self.documents.read(map(int, self.indices))
 
 
 @dataclass(frozen=True, eq=False)

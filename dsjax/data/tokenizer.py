@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from dsjax.data.byte_level import BYTE_OF
 from dsjax.data.tiktoken import TIKTOKEN, read_tiktoken
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
-from dsjax.small_files import is_text, read_json, read_small
+from dsjax.small_files import is_text, read_json, read_small, write_whole
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -134,16 +133,20 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as `load_tokenizer` reads them."""
-        folder = Path(folder)
+        """Write `tokenizer.json` and `tokenizer_config.json`, as `load_tokenizer` reads them.
+
+        A folder that begins with gs:// is one in a bucket.
+        """
+        folder = as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {
             key: None if token is None else self._backend.id_to_token(token)
             for key, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id))
         }
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
-        _write(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+        described = json.dumps(config, indent=2, ensure_ascii=False)
+        write_whole(folder / "tokenizer_config.json", described.encode())
+        write_whole(folder / "tokenizer.json", self._backend.to_str(pretty=True).encode())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -240,9 +243,3 @@ def _read_names(path: Path) -> dict[str, Any]:
 
 def _id_of(backend: tokenizers.Tokenizer, name: str | None) -> int | None:
     return None if name is None else backend.token_to_id(name)
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

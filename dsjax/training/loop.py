@@ -16,12 +16,15 @@ from rich.console import Console
 from dsjax.checkpoint.store import CheckpointStore
 from dsjax.config import RunConfig, schedule_value
 from dsjax.data.held_out import HeldOutRows
-from dsjax.data.pipeline import TrainingIterator
+from dsjax.data.pipeline import TrainingIterator, joined_state
+from dsjax.training.bucket_metrics import BucketMetrics
 from dsjax.training.evaluate import add_scores, batches_of, score_rows, summarize
 from dsjax.training.metrics import MetricsLog
+from dsjax.training.profile import StepProfiler
 from dsjax.training.progress import ProgressDisplay
 from dsjax.training.signals import Termination
 from dsjax.training.step import Batch, Knobs, Metrics, TrainState, make_train_step
+from sharding.distributed import fetch, gather, place_rows
 from sharding.rules import Layout
 
 
@@ -69,9 +72,12 @@ class TrainingLoop:
     state: TrainState
     clock: Clock
     data: TrainingIterator
+    rows: np.ndarray
+    """Which rows of every microbatch `data` gives."""
     held_out: HeldOutRows | None
     store: CheckpointStore
-    log: MetricsLog
+    log: MetricsLog | BucketMetrics
+    profiler: StepProfiler
     console: Console
     termination: Termination
     exit_code: int | None = None
@@ -91,6 +97,7 @@ class TrainingLoop:
         """Step until the tokens are seen, a signal arrives, or the run has diverged."""
         if not self._done():
             self._train()
+        self.termination.settle()
         if self.exit_code is None:
             self.exit_code = self.termination.exit_code
         self.save()
@@ -103,7 +110,9 @@ class TrainingLoop:
             begin = time.monotonic()
             while not self._done():
                 plan = plan_step(self.config, self.clock)
-                self.state, metrics = self._step(*self._arguments(plan))
+                arguments = self._arguments(plan)
+                with self.profiler.step(self.clock.step + 1, self.state):
+                    self.state, metrics = self._step(*arguments)
                 self.clock = Clock(self.clock.step + 1, self.clock.tokens + plan.tokens)
                 # The last step's numbers are fetched while this one runs.
                 if pending:
@@ -125,8 +134,8 @@ class TrainingLoop:
         total = None
         size = self.config.training.microbatch_size
         for arrays in batches_of(self.held_out, size, limit):
-            placed = (self._place(array, ("batch", None)) for array in arrays)
-            total = add_scores(total, self._score(self.state.model, *placed))
+            placed = (self._place(array, np.arange(size), "batch", None) for array in arrays)
+            total = add_scores(total, fetch(self._score(self.state.model, *placed)))
         assert total is not None
         found = summarize(total, self.held_out)
         values = {f"held_out_{name}": value for name, value in found._asdict().items()}
@@ -151,9 +160,10 @@ class TrainingLoop:
             return
         extra = {
             "tokens": self.clock.tokens,
-            "data": self.data.get_state(),
+            "data": joined_state(gather("data", self.data.get_state())),
             "model": self.config.model.model_dump(),
         }
+        self.log.cut()
         self.store.save(self.clock.step, self.state, extra)
         self._saved_at = self.clock.step
 
@@ -162,57 +172,57 @@ class TrainingLoop:
         return (
             self.clock.tokens >= training.tokens
             or (training.max_steps is not None and self.clock.step >= training.max_steps)
-            or self.termination.signal is not None
             or self.exit_code is not None
+            or self.termination.reached(self.clock.step)
         )
 
     def _due(self, every: int) -> bool:
         return self.clock.step % every == 0
 
     def _pause(self) -> None:
-        """Between two steps: save and evaluate what is due."""
-        if self._due(self.config.checkpoint.every_steps):
-            self.save()
+        """Between two steps: evaluate and save what is due; the save covers the record."""
         if self.held_out is not None and self._due(self.config.evaluation.every_steps):
             self.evaluate(self.config.evaluation.batches)
+        if self._due(self.config.checkpoint.every_steps):
+            self.save()
 
     def _compile(self) -> None:
         """Compile before the clock of throughput starts."""
         begin = time.monotonic()
         plan = Plan(1, 0, 0.0, 0.0, 0.0)
-        empty = np.zeros((self._slots, *self._microbatch_shape()), np.int32)
-        batch = Batch(*(self._place(empty, (None, "batch", None)) for _ in range(2)))
+        empty = np.zeros(self._batch_shape(), np.int32)
+        batch = Batch(*(self._place_batch(empty) for _ in range(2)))
         self._step = self._step.lower(self.state, batch, *_scalars(plan)).compile()
         self._display.say(f"compiled the step in {time.monotonic() - begin:.1f} s")
 
     def _arguments(self, plan: Plan) -> tuple[Any, ...]:
-        shape = (self._slots, *self._microbatch_shape())
-        tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        tokens, segment_ids = (np.zeros(self._batch_shape(), np.int32) for _ in range(2))
         for index in range(plan.microbatches):
             batch = next(self.data)
             tokens[index], segment_ids[index] = batch["tokens"], batch["segment_ids"]
-        batch = Batch(
-            *(self._place(array, (None, "batch", None)) for array in (tokens, segment_ids))
-        )
+        batch = Batch(self._place_batch(tokens), self._place_batch(segment_ids))
         return self.state, batch, *_scalars(plan)
 
-    def _microbatch_shape(self) -> tuple[int, int]:
-        """Rows and places of this process's part of a microbatch."""
-        rows = self.config.training.microbatch_size // jax.process_count()
-        return rows, self.config.data.sequence_length
+    def _batch_shape(self) -> tuple[int, int, int]:
+        """Microbatches, this process's rows of each, and places."""
+        return self._slots, len(self.rows), self.config.data.sequence_length
 
-    def _place(self, array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
-        """This process's rows, as part of the global array on the mesh."""
+    def _place_batch(self, array: np.ndarray) -> jax.Array:
+        return self._place(array, self.rows, None, "batch", None)
+
+    def _place(self, array: np.ndarray, rows: np.ndarray, *axes: str | None) -> jax.Array:
+        """Some rows of a microbatch as their part of the global array on the mesh."""
+        axis = axes.index("batch")
         shape = list(array.shape)
-        shape[axes.index("batch")] *= jax.process_count()
-        place = self.layout.sharding(axes, tuple(shape))
-        return jax.make_array_from_process_local_data(place, array)
+        shape[axis] = self.config.training.microbatch_size
+        sharding = self.layout.sharding(axes, tuple(shape))
+        return place_rows(sharding, tuple(shape), axis, rows, array)
 
     def _report(self, clock: Clock, plan: Plan, metrics: Metrics, begin: float) -> float:
         """Record a finished step; returns when it ended."""
-        sums = jax.device_get(metrics.sums)
-        violations = np.asarray(metrics.max_violation).tolist()
-        finite = bool(metrics.finite)
+        metrics = fetch(metrics)
+        sums, finite = metrics.sums, bool(metrics.finite)
+        violations = metrics.max_violation.tolist()
         now = time.monotonic()
         values = {
             "tokens": clock.tokens,

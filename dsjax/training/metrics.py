@@ -7,9 +7,11 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tensorboardX import SummaryWriter
+
+from sharding.distributed import is_first, share
 
 Record = dict[str, Any]
 
@@ -18,41 +20,49 @@ class MetricsLog:
     """`metrics.jsonl` and `tensorboard/` of a run directory.
 
     A resumed run drops what was recorded after the step it resumes from, so that every step
-    stands in the file once.
+    stands in the file once. Of several processes the first one writes; the others' logs do nothing.
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         self._path = folder / "metrics.jsonl"
-        self.is_evaluated = False
+        self.is_evaluated = share("metrics", lambda: self._keep_until(resume_step))
         """Whether all held-out rows were scored at the step that the run resumes from."""
-        self._keep_until(resume_step)
+        self._file: IO[str] | None = None
+        if not is_first():
+            return
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Record a step's values; numbers that are not finite become null."""
-        record = {"step": step, **{name: _plain(value) for name, value in values.items()}}
+        if self._file is None:
+            return
+        record = {"step": step, **{name: plain(value) for name, value in values.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
+    def cut(self) -> None:
+        """Nothing: a file is appended to at once, and holds no record back until a save."""
+
     def close(self) -> None:
         """Flush and close both."""
+        if self._file is None:
+            return
         self._file.close()
         self._board.close()
 
-    def _keep_until(self, step: int) -> None:
+    def _keep_until(self, step: int) -> bool:
+        """Drop the records after `step`; returns whether that step was evaluated."""
         if not self._path.exists():
-            return
+            return False
         kept = [record for record in read_metrics(self._path) if record["step"] <= step]
-        self.is_evaluated = any(
-            record["step"] == step and record.get("held_out_complete") for record in kept
-        )
         partial = self._path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(partial, self._path)
+        return any(record["step"] == step and record.get("held_out_complete") for record in kept)
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -66,9 +76,10 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it; numbers that are not finite become null."""
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, bool | int | str):
         return value
     number = float(value)

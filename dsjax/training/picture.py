@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from dsjax.small_files import write_whole
 from dsjax.training.metrics import Record
 
 INK, ACCENT, SECOND, QUIET = "#1f2933", "#1769aa", "#c2410c", "#9aa5b1"
 
 
 def draw_run(records: list[Record], path: Path, title: str) -> None:
-    """Draw `training.png` from a run's records, atomically."""
+    """Draw `training.png` from a run's records."""
     steps = [r for r in records if "loss" in r]
     held_out = [r for r in records if "held_out_loss" in r]
     figure = Figure(figsize=(11, 7), layout="constrained", dpi=130)
@@ -35,9 +36,9 @@ def draw_run(records: list[Record], path: Path, title: str) -> None:
     axes[1, 2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[1, 2].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes[1, 2].yaxis.set_minor_formatter(NullFormatter())
-    partial = path.with_suffix(".tmp.png")
-    figure.savefig(partial)
-    os.replace(partial, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_whole(path, drawn.getvalue())
 
 
 def _losses(ax: Axes, steps: list[Record], held_out: list[Record], x: np.ndarray) -> None:

@@ -12,14 +12,16 @@ run_dir/summary.json       what the run ended with
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from contextlib import closing
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import yaml
 from rich.console import Console
 
@@ -29,17 +31,20 @@ from dsjax.data.held_out import HeldOutRows, held_out_rows
 from dsjax.data.pipeline import TrainingIterator, sample_texts, training_iterator
 from dsjax.data.sources import Corpus, open_corpus
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from dsjax.errors import UserError, one_line
+from dsjax.errors import UserError
 from dsjax.model.layers import tree_shardings
-from dsjax.places import local_path
+from dsjax.places import as_path
+from dsjax.small_files import write_whole
+from dsjax.training.bucket_metrics import open_log, read_records
 from dsjax.training.host_memory import keep_freed_memory
 from dsjax.training.loop import Clock, TrainingLoop
-from dsjax.training.metrics import MetricsLog, read_metrics
 from dsjax.training.picture import draw_run
+from dsjax.training.profile import StepProfiler
 from dsjax.training.signals import catch_termination
 from dsjax.training.step import TrainState, init_state
 from dsjax.training.summary import show_summary, summary_of
 from sharding.context_parallel import check_context
+from sharding.distributed import agree, is_alone, is_first, local_rows, processes, share
 from sharding.mesh import make_mesh
 from sharding.rules import TRAIN_RULES, Layout, use_layout
 
@@ -47,50 +52,83 @@ from sharding.rules import TRAIN_RULES, Layout, use_layout
 def pretrain(config: RunConfig, console: Console) -> None:
     """Train, or go on training, until `training.tokens` are seen; then evaluate and summarize.
 
+    With several processes all call this on the same configuration, and share the run directory.
+    The first one writes and prints; each writes its part of the checkpoints.
+
     Leaves with exit code 128 + signal after saving when SIGTERM or SIGINT arrives, and with 1
-    when `training.max_bad_steps` steps in a row are not finite.
+    when `training.max_bad_steps` steps in a row are not finite, or when a process is lost.
 
     Raises:
-        UserError: the configuration, the data, the tokenizer or the run directory cannot be used.
-            Nothing has been written then.
+        UserError: the configuration, the data, the tokenizer or the run directory cannot be used,
+            by any of the processes. Nothing has been written then, but a tokenizer that was trained
+            for several processes.
     """
+    with processes(config.distributed):
+        agree("the configuration", config.model_dump(exclude={"distributed"}))
+        agree("the environment", _environment())
+        _pretrain(config, console if is_first() else Console(quiet=True))
+
+
+def _environment() -> dict[str, Any]:
+    """What has to be the same on every host."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {
+        "devices": [jax.local_devices()[0].device_kind, jax.local_device_count()],
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def _pretrain(config: RunConfig, console: Console) -> None:
+    """`pretrain`, once all processes have come together."""
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    layout = Layout(make_mesh(config.mesh.model_dump()), {**TRAIN_RULES, **_rules(config)})
+    mesh = make_mesh(config.mesh.model_dump(exclude={"dcn"}), dcn=config.mesh.dcn.model_dump())
+    layout = Layout(mesh, {**TRAIN_RULES, **_rules(config)})
     abstract = jax.eval_shape(partial(init_state, config))
     shardings = tree_shardings(abstract, layout)
-    _check_batch(config, layout)
+    rows = _rows_read_here(config, layout)
     corpus = open_corpus(config.data)
-    folder = local_path(config.run_dir, "a run directory")
+    agree("the data", {"corpus": corpus.fingerprint})
+    folder = as_path(config.run_dir)
     tokenizer = _tokenizer(config, corpus, folder, console)
+    agree("the tokenizer", {"digest": tokenizer.digest})
     data = training_iterator(
         corpus,
         tokenizer,
         config.data,
-        microbatch_size=config.training.microbatch_size // jax.process_count(),
+        microbatch_size=config.training.microbatch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows.tolist(),
     )
     held_out = _held_out(config, corpus, tokenizer)
     placed = abstract_on(abstract, shardings)
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     with closing(data), closing(store), use_layout(layout), catch_termination() as termination:
         state, clock = _resume(config, store, placed, data, console)
-        _write(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
-        tokenizer.save(folder / "tokenizer")
+        share("run directory", lambda: _write_beginning(config, folder, tokenizer))
         if state is None:
             state = jax.jit(partial(init_state, config), out_shardings=shardings)()
-        with closing(MetricsLog(folder, clock.step)) as log:
-            loop = TrainingLoop(
-                config, layout, state, clock, data, held_out, store, log, console, termination
-            )
+        with (
+            closing(open_log(folder, clock.step)) as log,
+            closing(StepProfiler(config.profile, folder)) as profiler,
+        ):
+            read = (data, rows, held_out)
+            written = (store, log, profiler, console)
+            loop = TrainingLoop(config, layout, state, clock, *read, *written, termination)
             loop.run()
-            if loop.exit_code is None and held_out is not None and not log.is_evaluated:
+            done_before = log.is_evaluated and loop.clock == clock
+            if loop.exit_code is None and held_out is not None and not done_before:
                 loop.evaluate(limit=None)
         if loop.exit_code is not None:
             sys.exit(loop.exit_code)
-    _finish(config, folder, corpus, held_out, console)
+    share("summary", lambda: _finish(config, folder, corpus, held_out, console))
+
+
+def _write_beginning(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> None:
+    settings = config.model_dump(exclude={"distributed"})
+    text = yaml.safe_dump(settings, sort_keys=False)
+    write_whole(folder / "config.yaml", text.encode())
+    tokenizer.save(folder / "tokenizer")
 
 
 def _rules(config: RunConfig) -> dict[str, tuple[str, ...]]:
@@ -100,34 +138,43 @@ def _rules(config: RunConfig) -> dict[str, tuple[str, ...]]:
     return {name: tuple(axes) for name, axes in config.rules.items()}
 
 
-def _check_batch(config: RunConfig, layout: Layout) -> None:
-    """Say before any work that microbatches or sequences do not divide over the mesh."""
-    rows = config.training.microbatch_size
+def _rows_read_here(config: RunConfig, layout: Layout) -> np.ndarray:
+    """Which rows of a microbatch go to this process's devices; says if that does not divide."""
+    shape = (config.training.microbatch_size, config.data.sequence_length)
+    check_context(shape[1], layout.ways("sequence"))
     try:
-        layout.spec(("batch",), (rows,))
+        return local_rows(layout.sharding(("batch", None), shape), shape, axis=0)
     except UserError as error:
-        raise UserError(f"training.microbatch_size={rows}: {error}") from None
-    check_context(config.data.sequence_length, layout.ways("sequence"))
+        raise UserError(f"training.microbatch_size={shape[0]}: {error}") from None
 
 
 def _tokenizer(config: RunConfig, corpus: Corpus, folder: Path, console: Console) -> Tokenizer:
     """The given tokenizer, the run's own from before, or a new one from the training documents."""
     vocab_size = config.model.vocab_size
+    own = folder / "tokenizer"
     if config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer)
-    elif (folder / "tokenizer").is_dir():
-        tokenizer = load_tokenizer(folder / "tokenizer")
+    elif share("own tokenizer", own.is_dir):
+        tokenizer = load_tokenizer(own)
+    elif is_alone():
+        tokenizer = _trained_tokenizer(config, corpus, console)
     else:
-        begin = time.monotonic()
-        texts = sample_texts(corpus, config.data.tokenizer_train_bytes)
-        tokenizer = train_tokenizer(texts, vocab_size)
-        seconds = time.monotonic() - begin
-        _say(console, f"tokenizer: {tokenizer.vocab_size:,} entries, trained in {seconds:.1f} s")
+        share("tokenizer", lambda: _trained_tokenizer(config, corpus, console).save(own))
+        tokenizer = load_tokenizer(str(own))  # in a bucket: what is there now
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} entries, more than "
             f"model.vocab_size={vocab_size}; raise model.vocab_size"
         )
+    return tokenizer
+
+
+def _trained_tokenizer(config: RunConfig, corpus: Corpus, console: Console) -> Tokenizer:
+    begin = time.monotonic()
+    texts = sample_texts(corpus, config.data.tokenizer_train_bytes)
+    tokenizer = train_tokenizer(texts, config.model.vocab_size)
+    seconds = time.monotonic() - begin
+    _say(console, f"tokenizer: {tokenizer.vocab_size:,} entries, trained in {seconds:.1f} s")
     return tokenizer
 
 
@@ -165,24 +212,14 @@ def _finish(
     config: RunConfig, folder: Path, corpus: Corpus, held_out: HeldOutRows | None, console: Console
 ) -> None:
     """Picture, summary file and table of a run that has seen all its tokens."""
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_records(folder)
     title = f"{folder.name}: {records[-1]['tokens'] / 1e6:,.2f}M tokens"
     draw_run(records, folder / "training.png", title)
     summary = summary_of(config, records, corpus if held_out is not None else None)
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
     show_summary(summary, console)
     _say(console, f"run directory: {folder}")
 
 
 def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file in one piece."""
-    partial_path = path.with_name(path.name + ".tmp")
-    try:
-        partial_path.write_text(text, encoding="utf-8")
-        os.replace(partial_path, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {one_line(error)}") from error

@@ -12,15 +12,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from object_store import ObjectStore
 from released_folders import write_shards
 from safetensors.numpy import save_file
 
-from dsjax import cli, places
+from dsjax import cli
 from dsjax.architecture import DeepSeekConfig
 from dsjax.checkpoint import conversion, weights_folder
 from dsjax.checkpoint.families import ROUTER_BIAS, tensors
 from dsjax.config_files import load_model_config
+from tests.object_store import ObjectStore
 
 Weights = dict[str, np.ndarray]
 
@@ -190,17 +190,6 @@ def released_folder(released: dict[str, dict], tmp_path: Path) -> Iterator[Path]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     yield folder
     shutil.rmtree(folder)
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    """A bucket that the library takes for the store."""
-    with ObjectStore() as running:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.address)
-        monkeypatch.setenv("NO_GCE_CHECK", "true")
-        monkeypatch.setattr("random.random", lambda: 0.0)  # how long the library waits to retry
-        places._store.cache_clear()
-        yield running
 
 
 @pytest.fixture

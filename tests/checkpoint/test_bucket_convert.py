@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from object_store import BUCKET, ObjectStore
 from released_folders import BLOCKS, assert_same, tree_of, write_released
 
 from dsjax.checkpoint.convert import convert
 from dsjax.checkpoint.inspect import report
 from dsjax.errors import UserError
 from dsjax.places import as_path
+from tests.object_store import BUCKET, ObjectStore
 
 REPOSITORY = Path(__file__).parents[2]
 DST = f"gs://{BUCKET}/new/weights"

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from object_store import BUCKET, ObjectStore
 from released_folders import BLOCKS, tree_of, write_released
 
 import dsjax
@@ -22,6 +21,7 @@ from dsjax.places import as_path
 from dsjax.serving.options import ModelOptions
 from dsjax.serving.protocol import load_served
 from sharding.mesh import make_mesh
+from tests.object_store import BUCKET, ObjectStore
 
 Said = tuple[int | str | None, str, str]
 

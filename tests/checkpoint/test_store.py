@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from training_states import abstract, bits_of, make_state
 
-from dsjax.checkpoint import store as store_module
+from dsjax.checkpoint import steps_on_disk
 from dsjax.checkpoint.store import CheckpointStore
 from dsjax.errors import UserError
 
@@ -122,13 +122,13 @@ def test_saving_goes_on_behind_donated_buffers(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ):
     go_on = threading.Event()
-    write_manifest = store_module.write_manifest
+    write_manifest = steps_on_disk.write_manifest
 
     def write_later(*args: Any) -> None:
         assert go_on.wait(timeout=60)
         write_manifest(*args)
 
-    monkeypatch.setattr(store_module, "write_manifest", write_later)
+    monkeypatch.setattr(steps_on_disk, "write_manifest", write_later)
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     for step, spec in enumerate((PartitionSpec("fsdp"), PartitionSpec()), start=1):
         go_on.clear()
@@ -189,7 +189,7 @@ def test_a_failure_of_any_act_is_raised_by_the_next_save(
     store.save(1, make_state(1), {})
     store.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(f"dsjax.checkpoint.store.{broken}", fail)
+        patch.setattr(f"dsjax.checkpoint.steps_on_disk.{broken}", fail)
         store.save(2, make_state(2), {})
         with pytest.raises(RuntimeError, match="step 2 was not saved"):
             store.save(3, make_state(3), {})
@@ -201,7 +201,7 @@ def test_a_failure_of_any_act_is_raised_by_the_next_save(
 
 def test_close_raises_what_a_save_could_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = CheckpointStore(tmp_path, keep=1)
-    monkeypatch.setattr(store_module, "write_manifest", lambda *_: 1 / 0)
+    monkeypatch.setattr(steps_on_disk, "write_manifest", lambda *_: 1 / 0)
     store.save(1, make_state(1), {})
     with pytest.raises(RuntimeError, match="step 1 was not saved"):
         store.close()

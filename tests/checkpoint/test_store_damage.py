@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from training_states import abstract, bits_of, make_state, save_steps
 
-from dsjax.checkpoint import store as store_module
+from dsjax.checkpoint import steps_on_disk
 from dsjax.checkpoint.manifest import MANIFEST, verify
 from dsjax.checkpoint.store import CheckpointStore
 from dsjax.errors import UserError
@@ -121,7 +121,7 @@ def test_a_step_is_deleted_only_once_the_newer_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_steps(tmp_path, 1, keep=1)
-    monkeypatch.setattr(store_module, "write_manifest", lambda *_: 1 / 0)
+    monkeypatch.setattr(steps_on_disk, "write_manifest", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match="step 2 was not saved"):
         save_steps(tmp_path, 2, keep=1)
     assert CheckpointStore(tmp_path, keep=1).steps() == [1]

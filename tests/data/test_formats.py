@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsjax.config import DataConfig, SourceConfig
-from dsjax.data.formats import find_files, open_documents, standard_library_files
+from dsjax.data.files import find_files, standard_library_files
+from dsjax.data.formats import open_documents
 from dsjax.data.sources import open_corpus
 from dsjax.errors import UserError
 

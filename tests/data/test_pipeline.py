@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsjax.config import DataConfig, SourceConfig
-from dsjax.data.pipeline import sample_texts, training_iterator
+from dsjax.data.pipeline import joined_state, sample_texts, training_iterator
 from dsjax.data.sources import open_corpus
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.errors import UserError
@@ -88,7 +88,7 @@ def test_a_resumed_iterator_equals_the_unbroken_one(window, tokenizer, tmp_path)
     for _ in range(60):
         states.append(json.dumps(unbroken.get_state()))
         batches.append(next(unbroken))
-    windows = [p for s in states for p in json.loads(s)["position"]["parents"]]
+    windows = [p for s in states for p in json.loads(s)["position"]["0"]["parents"]]
     cuts = {p["parent_window_start_state"]["used"] for p in windows}
     assert 0 in cuts and len(cuts) > 10
     for cut in range(0, 40, 3):
@@ -149,7 +149,7 @@ def test_documents_that_end_with_a_row_are_not_lost_by_a_resume(tokenizer, tmp_p
 
 @pytest.mark.parametrize(
     "change",
-    ["corpus", "sequence_length", "fim_rate", "shuffle_window", "seed", "process_count"],
+    ["corpus", "sequence_length", "fim_rate", "shuffle_window", "seed", "streams"],
 )
 def test_a_position_in_other_data_is_refused(change, tokenizer, tmp_path):
     config = config_of(("text", write_text(tmp_path, make_texts(5))))
@@ -157,10 +157,10 @@ def test_a_position_in_other_data_is_refused(change, tokenizer, tmp_path):
     settings = {}
     if change == "corpus":
         (tmp_path / "0000.txt").write_text("changed")
-    elif change in ("seed", "process_count"):
+    elif change == "seed":
         settings = {change: 2}
     else:
-        config = config.model_copy(update={change: 1 if change == "fim_rate" else 16})
+        config = config.model_copy(update={change: {"fim_rate": 1, "streams": 2}.get(change, 16)})
     with pytest.raises(UserError, match=f"cannot resume from a position in other data: {change} "):
         iterate(config, tokenizer, **settings).set_state(state)
 
@@ -180,20 +180,45 @@ def test_weights_are_shares_of_tokens_whatever_the_lengths(tokenizer, tmp_path):
     np.testing.assert_allclose(counts / counts.sum(), np.array(weights) / 8, atol=0.01)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_share_one_stream_disjointly_and_completely(processes, tokenizer, tmp_path):
-    texts = make_texts(7)
-    config = config_of(("text", write_text(tmp_path, texts)), fim_rate=0.3)
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_rows_are_the_same_whoever_reads_them(streams, tokenizer, tmp_path):
+    """One reader, then four, then two that share a row, each resuming where all before had been."""
+    config = config_of(
+        ("text", write_text(tmp_path, make_texts(9))),
+        fim_rate=0.3,
+        shuffle_window=4,
+        streams=streams,
+    )
 
-    def stream(index, count):
-        batches = iterate(config, tokenizer, process_index=index, process_count=count)
-        return documents_of(itertools.islice(batches, 60), tokenizer)
+    def readers(*rows):
+        return [iterate(config, tokenizer, microbatch_size=4, rows=part) for part in rows]
 
-    alone = stream(0, 1)
-    shares = [stream(index, processes) for index in range(processes)]
-    together = [document for turn in zip(*shares, strict=False) for document in turn]
-    assert together[: len(alone)] == alone[: len(together)]
-    assert min(len(together), len(alone)) >= 3 * len(texts)
+    [alone] = readers(None)
+    unbroken = [next(alone) for _ in range(24)]
+    state, at = None, 0
+    for rows in ([range(4)], [[0], [1], [2], [3]], [[0, 1, 2], [2, 3]]):
+        some = readers(*rows)
+        if state is not None:
+            for reader in some:
+                reader.set_state(json.loads(json.dumps(state)))
+        for expected in unbroken[at : at + 8]:
+            for reader, part in zip(some, rows, strict=True):
+                found = next(reader)
+                np.testing.assert_array_equal(found["tokens"], expected["tokens"][list(part)])
+                np.testing.assert_array_equal(
+                    found["segment_ids"], expected["segment_ids"][list(part)]
+                )
+        state, at = joined_state([reader.get_state() for reader in some]), at + 8
+
+
+def test_streams_share_the_documents_disjointly_and_completely(tokenizer, tmp_path):
+    texts = make_texts(8)
+    config = config_of(("text", write_text(tmp_path, texts)), streams=4)
+    batches = list(itertools.islice(iterate(config, tokenizer, microbatch_size=4), 60))
+    rows = [[{"tokens": batch["tokens"][row]} for batch in batches] for row in range(4)]
+    streams = [documents_of(row, tokenizer) for row in rows]
+    epoch = [document for stream in streams for document in stream[:2]]
+    assert sorted(epoch) == sorted(ids_of(texts, tokenizer))
 
 
 def test_fill_in_the_middle_is_as_frequent_as_asked_and_drawn_anew(tokenizer, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from dsjax.data.tokenizer import BOS, EOS, Tokenizer, load_tokenizer, train_tokenizer
 from dsjax.errors import UserError
+from tests.object_store import BUCKET
 
 from .corpora import make_texts
 
@@ -131,3 +132,8 @@ def test_a_vocabulary_below_the_bytes_is_an_error():
     with pytest.raises(UserError, match=r"vocab_size=260 is too small.* need 261"):
         train_tokenizer(["x"], vocab_size=260)
     assert train_tokenizer(["x"], vocab_size=261).vocab_size == 261
+
+
+def test_a_tokenizer_is_saved_into_a_bucket(tokenizer, store):
+    tokenizer.save(f"gs://{BUCKET}/run/tokenizer")
+    assert load_tokenizer(f"gs://{BUCKET}/run").digest == tokenizer.digest

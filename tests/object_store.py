@@ -10,15 +10,25 @@ import base64
 import hashlib
 import itertools
 import json
+import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import google_crc32c
+import pytest
+
+from dsjax import places
+
 BUCKET = "models"
+
+# gcsfs, as orbax uses it, would ask by gRPC what kind of bucket this is.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 Failure = Callable[[str, str], "tuple[int, str] | None"]
 """From method and object's name to a status and message, or None to let it pass."""
@@ -88,6 +98,7 @@ class ObjectStore:
             "generation": str(self.generations[name]),
             "updated": "2026-01-01T00:00:00.000Z",
             "timeCreated": "2026-01-01T00:00:00.000Z",
+            "crc32c": base64.b64encode(google_crc32c.Checksum(data).digest()).decode(),
             "md5Hash": base64.b64encode(hashlib.md5(data).digest()).decode(),
         }
 
@@ -157,29 +168,41 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 self._json(store.describe(self.name))
 
         def _list(self) -> None:
+            """A page of the names that begin with `prefix`; what is behind `delimiter` is cut."""
             begin, after = self.query.get("prefix", ""), self.query.get("pageToken", "")
-            assert "delimiter" not in self.query or not self.query["delimiter"]
-            names = [n for n in sorted(store.objects) if n.startswith(begin) and n > after]
-            more = {"nextPageToken": names[store.page - 1]} if len(names) > store.page else {}
+            delimiter = self.query.get("delimiter")
+            shown: list[str] = []
+            for name in sorted(store.objects):
+                if name.startswith(begin) and name >= self.query.get("startOffset", ""):
+                    head, cut, _ = name[len(begin) :].partition(delimiter or "\0")
+                    shown.append(begin + head + (cut if delimiter else ""))
+            shown = [name for name in dict.fromkeys(shown) if name > after]
+            page = min(store.page, int(self.query.get("maxResults", store.page)))
+            more = {"nextPageToken": shown[page - 1]} if len(shown) > page else {}
+            folders = [n for n in shown[:page] if delimiter and n.endswith(delimiter)]
+            names = [n for n in shown[:page] if n not in folders]
             self._json(
                 {
                     "kind": "storage#objects",
-                    "items": [store.describe(n) for n in names[: store.page]],
+                    "items": [store.describe(n) for n in names],
+                    "prefixes": folders,
                     **more,
                 }
             )
 
         def _send(self, data: bytes) -> None:
+            headers = {"X_Goog_Generation": str(store.generations[self.name])}
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             if wanted:
-                first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
-                if first >= len(data):
+                first, last, size = int(wanted[1]), int(wanted[2] or len(data) - 1), len(data)
+                if first >= size:
                     self._error(416, "The requested range cannot be satisfied.")
                     return
                 data = data[first : last + 1]
+                headers["Content_Range"] = f"bytes {first}-{first + len(data) - 1}/{size}"
             with store.lock:
                 store.sent[self.name] += len(data)
-            self._answer(206 if wanted else 200, data)
+            self._answer(206 if wanted else 200, data, **headers)
 
         def do_POST(self) -> None:
             body = self._begin()
@@ -188,8 +211,11 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 self.name = store.uploads[upload][0]
             if self._refused():
                 return
-            if self.query.get("ifGenerationMatch") == "0" and self.name in store.objects:
+            wanted = int(self.query.get("ifGenerationMatch", -1))
+            if wanted >= 0 and wanted != store.generations.get(self.name, 0):
                 self._error(412, "At least one of the pre-conditions did not hold.")
+            elif self.query.get("uploadType") == "media":
+                self._json(store.put(self.name, body))
             elif self.query.get("uploadType") == "multipart":
                 data = body.split(b"\n\n", 2)[2].removesuffix(b"\n--==0==--")
                 self._json(store.put(self.name, data))
@@ -228,7 +254,23 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 self._error(404, f"No such object: {self.name}")
             else:
                 with store.lock:
-                    del store.objects[self.name]
+                    del store.objects[self.name], store.generations[self.name]
                 self._answer(204)
 
     return Handler
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """A bucket that the library takes for the store."""
+    with ObjectStore() as running:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.address)
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        # What orbax writes with: tensorstore, and one gcsfs for all of a process.
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", running.address)
+        monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "a token")
+        if (library := sys.modules.get("gcsfs")) is not None:
+            library.GCSFileSystem.clear_instance_cache()
+        monkeypatch.setattr("random.random", lambda: 0.0)  # how long the library waits to retry
+        places._store.cache_clear()
+        yield running

@@ -1,0 +1,137 @@
+"""The files of a source: found by a glob, and read in parts, on a disk or in a bucket.
+
+In a bucket a glob is answered from one listing of what lies below its fixed part, and a part of a
+file is one request. Nothing here holds more of a file than was asked for.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import sysconfig
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from dsjax.errors import UserError
+from dsjax.places import WINDOW, ObjectPath, as_path
+
+_BLOCK = WINDOW // 2
+"""Bytes of one request where a file is read from front to back; two of them are in memory."""
+
+
+class File(NamedTuple):
+    """A file of a source. `name` is its path below the source's root: the same on every machine.
+
+    `size` is in bytes.
+    """
+
+    path: Path
+    name: str
+    size: int
+
+    def read(self, begin: int = 0, end: int | None = None) -> bytes:
+        """Bytes `begin` to `end`, or to the end of what the file was when it was found."""
+        length = (self.size if end is None else end) - begin
+        if isinstance(self.path, ObjectPath):
+            return self.path.read_range(begin, length)
+        with self.path.open("rb") as stream:
+            stream.seek(begin)
+            return stream.read(length)
+
+    def open(self) -> BinaryIO:
+        """All of it from front to back, by lines or blocks; in a bucket a block is a request."""
+        if isinstance(self.path, ObjectPath):
+            return cast(BinaryIO, io.BufferedReader(self.path.open("rb"), _BLOCK))
+        return self.path.open("rb")
+
+
+def find_files(pattern: str) -> list[File]:
+    """The files that match a glob (`**` crosses folders), sorted by name below its fixed part.
+
+    Names that begin with a dot match only where the pattern says the dot, as in a shell, in a
+    bucket too: the same files give the same list wherever they lie.
+
+    Raises:
+        UserError: nothing matches, or the pattern is a folder or names no bucket.
+    """
+    path = as_path(os.path.expanduser(pattern))
+    if not _is_wild(path) and path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a glob such as {path}/**/*.txt")
+    root = _fixed_part(path)
+    if isinstance(path, ObjectPath):
+        paths = _matching_objects(path, root)
+    else:
+        found = glob.iglob(str(path), recursive=True)
+        paths = {Path(name) for name in found if os.path.isfile(name)}
+    if not paths:
+        raise UserError(f"{path}: no file matches; expected a path or a glob in data.sources")
+    return _named(root, paths)
+
+
+def standard_library_files() -> list[File]:
+    """The .py files of the running interpreter's standard library, installed packages left out.
+
+    A few test files are deliberately not UTF-8; they are left out too.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [
+            f for f in folders if f not in ("site-packages", "dist-packages", "__pycache__")
+        ]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return _named(root, [path for path in paths if path.is_file() and _is_utf8(path)])
+
+
+def _is_wild(path: Path) -> bool:
+    return any(character in str(path) for character in "*?[")
+
+
+def _fixed_part(path: Path) -> Path:
+    """The folders of a glob before the first that is a pattern; of a plain path, its folder."""
+    fixed = path.parent
+    while _is_wild(fixed):
+        fixed = fixed.parent
+    if isinstance(path, ObjectPath) and len(fixed.parts) < 2:
+        raise UserError(f"{path}: expected gs://BUCKET/PATH, with a bucket that is no pattern")
+    return fixed
+
+
+def _matching_objects(path: ObjectPath, root: Path) -> list[Path]:
+    """The objects that a glob means, or the one that a plain path names."""
+    if not _is_wild(path):
+        return [path] if path.is_file() else []
+    wanted = path.relative_to(root).parts
+    below = ((found, found.relative_to(root).parts) for found in as_path(str(root)).rglob("*"))
+    return [found for found, names in below if _matches(names, wanted) and found.is_file()]
+
+
+def _matches(names: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    """Whether the parts of a path fit those of a glob; `**` stands for any number of them.
+
+    >>> _matches(("a", "b", "c.txt"), ("**", "*.txt")), _matches((".c.txt",), ("*.txt",))
+    (True, False)
+    """
+    if not wanted or not names:
+        return not names and set(wanted) <= {"**"}
+    shown = not names[0].startswith(".")
+    if wanted[0] == "**":
+        return _matches(names, wanted[1:]) or (shown and _matches(names[1:], wanted))
+    fits = fnmatchcase(names[0], wanted[0]) and (shown or wanted[0].startswith("."))
+    return fits and _matches(names[1:], wanted[1:])
+
+
+def _named(root: Path, paths: Iterable[Path]) -> list[File]:
+    files = [File(path, path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
+    return sorted(files, key=lambda file: file.name)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
+    return True
