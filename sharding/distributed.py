@@ -94,7 +94,7 @@ def is_alone() -> bool:
 def write_note(name: str, value: Any) -> None:
     """Leave a note for all to read, unless somebody has left one of this name."""
     try:
-        _client().key_value_set(f"dsjax/note/{name}", json.dumps(value))
+        _client().key_value_set(f"dsjax/note/{name}/text", json.dumps(value))
     except jax.errors.JaxRuntimeError as error:
         if "ALREADY_EXISTS" not in str(error):
             raise
@@ -102,7 +102,7 @@ def write_note(name: str, value: Any) -> None:
 
 def read_note(name: str) -> Any:
     """The note of this name; None if there is none."""
-    found = _client().key_value_dir_get(f"dsjax/note/{name}")
+    found = _client().key_value_dir_get(f"dsjax/note/{name}/")
     return json.loads(found[0][1]) if found else None
 
 

@@ -76,4 +76,5 @@ def ends(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list[End
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     return found

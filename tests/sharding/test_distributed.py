@@ -138,6 +138,7 @@ agree("the same", {"a": {"b": [1, 2]}})
 write_note("stop", {"by": process})
 barrier("all wrote")
 note = read_note("stop")
+assert note["by"] in range(3) and read_note("other") is None
 assert gather("notes", note) == [note] * 3
 
 mesh = jax.make_mesh((3,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

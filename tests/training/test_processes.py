@@ -26,8 +26,9 @@ CHANGES = {
     "data__held_out_fraction": 0.0,
     "data__fim_rate": 0.5,
     "data__streams": 4,
-    # A moment that is rounded to the other bfloat16 moves a parameter by a 256th of this.
-    "optimizer__learning_rate": 1e-4,
+    # A moment that is rounded to the other bfloat16 moves a parameter by a 256th of this; what
+    # is really wrong moves it by all of this, which is 30 times what the test lets pass.
+    "optimizer__learning_rate": 2e-5,
 }
 IN_TWO: dict[str, Any] = {"mesh__fsdp": 2}
 IN_FOUR: dict[str, Any] = {"mesh__fsdp": 2, "mesh__expert": 2}
@@ -43,13 +44,19 @@ def finish(run_dir: Path, corpus: Path, count: int, *, devices: int = 1, **chang
         assert end.code == 0, end.err
 
 
-def kill_one(processes: list[subprocess.Popen], run_dir: Path, step: int, victim: int) -> None:
-    """SIGKILL one process once a step is saved; the others must leave in time, and say why."""
+def wait_for(step: int, run_dir: Path, processes: list[subprocess.Popen]) -> None:
+    """Return once a step is saved."""
     deadline = time.monotonic() + 900
     while not (run_dir / f"checkpoints/{step:08d}").exists():
-        assert all(process.poll() is None for process in processes), ends(processes, 60)
+        if any(process.poll() is not None for process in processes):
+            pytest.fail(str(ends(processes, 60)))
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def kill_one(processes: list[subprocess.Popen], run_dir: Path, step: int, victim: int) -> None:
+    """SIGKILL one process once a step is saved; the others must leave in time, and say why."""
+    wait_for(step, run_dir, processes)
     processes[victim].kill()
     begin = time.monotonic()
     found = ends(processes, 90)
@@ -113,16 +120,13 @@ def test_a_run_killed_and_restarted_in_other_numbers_equals_the_unbroken_one(cor
         largest = np.abs(one.astype(np.float64)).max(initial=0.0)
         near = 1e-5 if one.dtype == np.float32 else 2**-7  # a moment may be rounded otherwise
         difference = np.abs(one.astype(np.float64) - three.astype(np.float64)).max(initial=0.0)
-        print(one.shape, one.dtype, difference / largest if largest else 0)
         assert difference <= near * largest
 
 
 @pytest.mark.slow
 def test_sigterm_at_one_process_stops_all_at_one_step(corpus, tmp_path):
-    processes = start(tmp_path / "run", corpus, 2, **IN_TWO | {"training__tokens": "10M"})
-    while not (tmp_path / "run/checkpoints/00000002").exists():
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.05)
+    processes = start(tmp_path / "run", corpus, 2, **IN_TWO, training__tokens="10M")
+    wait_for(2, tmp_path / "run", processes)
     processes[1].send_signal(signal.SIGTERM)
     found = ends(processes, 120)
     assert [end.code for end in found] == [143, 143], found
