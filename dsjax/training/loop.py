@@ -159,7 +159,7 @@ class TrainingLoop:
             return
         extra = {
             "tokens": self.clock.tokens,
-            "data": joined_state(gather("data", self.data.get_state())),
+            "data": joined_state(gather("data", self.data.get_state(), first_only=True)),
             "model": self.config.model.model_dump(),
         }
         self.store.save(self.clock.step, self.state, extra)
