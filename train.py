@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
 
-from dsjax.cli import Parser, run
+from dsjax.cli import Parser, read_together, run
 
 DEFAULT = "cpu-demo"
 DESCRIPTION = """\
@@ -42,7 +42,7 @@ def main() -> None:
     # Imported late: `--help` and a wrong configuration need no jax.
     from dsjax.config_files import load_run_config
 
-    config = load_run_config(name, overrides)
+    config = read_together(lambda: load_run_config(name, overrides))
 
     from rich.console import Console
 

@@ -6,10 +6,11 @@ Importing this imports no jax; a verb imports what it needs when it is called.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from dsjax.errors import UserError, one_line
 from dsjax.places import ObjectPath, as_path
@@ -25,6 +26,12 @@ examples:
 
 `dsjax VERB --help` explains a verb. Exit codes: 0 done, 2 your input is wrong, 1 our fault.
 """
+
+
+OTHERS = ("JAX_NUM_PROCESSES", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES")
+"""Variables that tell a process of others: explicitly, under Slurm, in GKE."""
+
+Value = TypeVar("Value")
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +56,25 @@ def run(command: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def read_together(read: Callable[[], Value]) -> Value:
+    """What `read` makes of the command line; its complaint ends the run's other processes as well.
+
+    They would wait for this one otherwise. Only where the environment says that there are others,
+    jax is imported for that.
+    """
+    try:
+        return read()
+    except UserError:
+        if os.environ.keys().isdisjoint(OTHERS):
+            raise
+        from dsjax.config import DistributedConfig
+        from sharding.distributed import processes
+
+        with processes(DistributedConfig()):
+            raise
+    raise AssertionError("the others have been told")
 
 
 def main() -> NoReturn:

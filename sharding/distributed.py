@@ -94,7 +94,7 @@ def is_alone() -> bool:
 def write_note(name: str, value: Any) -> None:
     """Leave a note for all to read, unless somebody has left one of this name."""
     try:
-        _client().key_value_set(f"dsjax/note/{name}", json.dumps(value))
+        _client().key_value_set(f"dsjax/note/{name}/text", json.dumps(value))
     except jax.errors.JaxRuntimeError as error:
         if "ALREADY_EXISTS" not in str(error):
             raise
@@ -102,7 +102,7 @@ def write_note(name: str, value: Any) -> None:
 
 def read_note(name: str) -> Any:
     """The note of this name; None if there is none."""
-    found = _client().key_value_dir_get(f"dsjax/note/{name}")
+    found = _client().key_value_dir_get(f"dsjax/note/{name}/")
     return json.loads(found[0][1]) if found else None
 
 
@@ -114,19 +114,26 @@ def barrier(name: str, seconds: float = BARRIER_SECONDS) -> None:
     """
     if is_alone():
         return
-    client, key = _client(), _unique(f"barrier/{name}")
-    client.key_value_set(f"{key}/{jax.process_index()}", "")
+    _meet(_unique(f"barrier/{name}"), "", name, seconds)
+
+
+def _meet(key: str, value: str, name: str, seconds: float) -> None:
+    """`barrier`, where everybody leaves a value that lasts until the next but one."""
+    client, me, count = _client(), jax.process_index(), jax.process_count()
+    client.key_value_set(f"{key}/{me}", value)
     try:
         client.wait_at_barrier(key, round(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
         came = {int(k.rpartition("/")[2]) for k, _ in client.key_value_dir_get(f"{key}/")}
-        count = jax.process_count()
         missing = [name_of(client, other, count) for other in range(count) if other not in came]
         if not missing:  # came, but after the first one had given up
             missing = ["some processes (too late)"]
         raise MissingProcessError(
             f"{', '.join(missing)} did not come to {name!r} within {seconds:g} s"
         ) from error
+    # All are here, so all have read what was left the last time.
+    stem, _, call = key.rpartition("/")
+    client.key_value_delete(f"{stem}/{int(call) - 1}/{me}")
 
 
 def share(name: str, make: Callable[[], T], seconds: float = WORK_SECONDS) -> T:
@@ -152,18 +159,24 @@ def share(name: str, make: Callable[[], T], seconds: float = WORK_SECONDS) -> T:
         ) from error
 
 
-def gather(name: str, value: Any, seconds: float = BARRIER_SECONDS) -> list[Any]:
+def gather(
+    name: str, value: Any, seconds: float = BARRIER_SECONDS, *, first_only: bool = False
+) -> list[Any]:
     """Every process's `value`, in their order, on every process; small, and fit for JSON.
+
+    With `first_only` the other processes get only their own, in a list of one: what is not quite
+    small need not travel to all of them.
 
     Raises:
         MissingProcessError: some did not come within `seconds`.
     """
     if is_alone():
         return [value]
-    client, key = _client(), _unique(f"gather/{name}")
-    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-    barrier(name, seconds)
-    found = {int(k.rpartition("/")[2]): v for k, v in client.key_value_dir_get(f"{key}/")}
+    key = _unique(f"gather/{name}")
+    _meet(key, json.dumps(value), name, seconds)
+    if first_only and not is_first():
+        return [value]
+    found = {int(k.rpartition("/")[2]): v for k, v in _client().key_value_dir_get(f"{key}/")}
     return [json.loads(found[process]) for process in range(jax.process_count())]
 
 

@@ -103,13 +103,14 @@ def _across(dcn: Mapping[str, int], devices: Sequence[Any]) -> tuple[int, ...]:
     """How slices lie along the axes; all ones where there is a single slice."""
     _check_names(dcn, "mesh.dcn")
     shape = tuple(int(dcn.get(name, 1)) for name in AXES)
-    attribute = "slice_index" if _has_slices(devices) else "process_index"
-    slices = len({getattr(device, attribute) for device in devices})
+    by_slice = _has_slices(devices)
+    slices = len({d.slice_index if by_slice else d.process_index for d in devices})
     wanted = math.prod(shape)
-    if wanted == 1 and devices[0].platform != "tpu":
-        return shape  # slow to cross, perhaps, but nothing has to know where
+    # GPUs and CPUs need not be told apart: their order is that of their hosts in any case.
+    if wanted == 1 and not (by_slice and devices[0].platform == "tpu"):
+        return shape
     if wanted != slices:
-        what = "slices" if attribute == "slice_index" else "processes (their devices name no slice)"
+        what = "slices" if by_slice else "processes (their devices name no slice)"
         asked = " x ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
         raise UserError(
             f"mesh.dcn: {asked} needs {wanted} slices, but the number of {what} is {slices}; "

@@ -93,9 +93,8 @@ class Watch:
                 end = self._client.key_value_dir_get("dsjax/end/")
                 if not end and self._process == 0:
                     self._look()
-            except (
-                Exception
-            ) as error:  # what it raises for a lost connection is no class of its own
+            # What it raises for a lost connection is no class of its own.
+            except Exception as error:
                 if not self._stopped.is_set():
                     leave(f"process 0, which coordinates, is out of reach: {error}", 1)
                 return

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import stages
 from rich.console import Console
 
 from dsjax.checkpoint.store import CheckpointStore
@@ -24,7 +25,7 @@ from dsjax.training.profile import StepProfiler
 from dsjax.training.progress import ProgressDisplay
 from dsjax.training.signals import Termination
 from dsjax.training.step import Batch, Knobs, Metrics, TrainState, make_train_step
-from sharding.distributed import fetch, gather, place_rows
+from sharding.distributed import WORK_SECONDS, barrier, fetch, gather, place_rows
 from sharding.rules import Layout
 
 
@@ -84,7 +85,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self._step: Any = jax.jit(make_train_step(self.config), donate_argnums=0)
-        self._score = jax.jit(partial(score_rows, chunk=self.config.training.loss_chunk))
+        self._score: Any = jax.jit(partial(score_rows, chunk=self.config.training.loss_chunk))
         most = max(stage.value for stage in self.config.training.batch_size)
         self._slots = int(most) // self.config.training.microbatch_size
         self._bad_steps = 0
@@ -134,7 +135,10 @@ class TrainingLoop:
         total = None
         size = self.config.training.microbatch_size
         for arrays in batches_of(self.held_out, size, limit):
-            placed = (self._place(array, np.arange(size), "batch", None) for array in arrays)
+            placed = [self._place(array, np.arange(size), "batch", None) for array in arrays]
+            if isinstance(self._score, stages.Wrapped):
+                self._score = self._score.lower(self.state.model, *placed).compile()
+                self._meet()
             total = add_scores(total, fetch(self._score(self.state.model, *placed)))
         assert total is not None
         found = summarize(total, self.held_out)
@@ -160,7 +164,7 @@ class TrainingLoop:
             return
         extra = {
             "tokens": self.clock.tokens,
-            "data": joined_state(gather("data", self.data.get_state())),
+            "data": joined_state(gather("data", self.data.get_state(), first_only=True)),
             "model": self.config.model.model_dump(),
         }
         self.log.cut()
@@ -193,6 +197,7 @@ class TrainingLoop:
         empty = np.zeros(self._batch_shape(), np.int32)
         batch = Batch(*(self._place_batch(empty) for _ in range(2)))
         self._step = self._step.lower(self.state, batch, *_scalars(plan)).compile()
+        self._meet()
         self._display.say(f"compiled the step in {time.monotonic() - begin:.1f} s")
 
     def _arguments(self, plan: Plan) -> tuple[Any, ...]:
@@ -202,6 +207,10 @@ class TrainingLoop:
             tokens[index], segment_ids[index] = batch["tokens"], batch["segment_ids"]
         batch = Batch(self._place_batch(tokens), self._place_batch(segment_ids))
         return self.state, batch, *_scalars(plan)
+
+    def _meet(self) -> None:
+        """After compiling: processes on CPUs give one another 30 s to join in a collective."""
+        barrier("compiled", WORK_SECONDS)
 
     def _batch_shape(self) -> tuple[int, int, int]:
         """Microbatches, this process's rows of each, and places."""

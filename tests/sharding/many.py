@@ -27,11 +27,16 @@ class End(NamedTuple):
 
 
 def start_all(
-    count: int, arguments: Sequence[str], *, devices: int = 1, absent: Sequence[int] = ()
+    count: int,
+    arguments: Sequence[str],
+    *,
+    devices: int = 1,
+    absent: Sequence[int] = (),
+    folder: str = str(ROOT),
 ) -> list[subprocess.Popen[str]]:
     """Start `python ARGUMENTS` so often, but for those `absent`, each with some CPU devices.
 
-    `{process}` in an argument is the process's number.
+    `{process}` in an argument, or in the folder that it works in, is the process's number.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -42,7 +47,9 @@ def start_all(
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(process),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+            "PYTHONPATH": str(ROOT),
         }
         command = [argument.replace("{process}", str(process)) for argument in arguments]
         if process not in absent:
@@ -52,7 +59,7 @@ def start_all(
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
-                    cwd=ROOT,
+                    cwd=folder.replace("{process}", str(process)),
                     env=environment,
                 )
             )
@@ -69,4 +76,5 @@ def ends(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list[End
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     return found

@@ -133,11 +133,16 @@ def test_rows_reach_the_devices_that_hold_them() -> None:
 
 EXCHANGE = """
 assert share("word", lambda: "from " + str(process)) == "from 0"
-assert gather("numbers", {"mine": process}) == [{"mine": 0}, {"mine": 1}, {"mine": 2}]
+for turn in range(3):
+    values = [turn, turn + 1, turn + 2]
+    assert gather("numbers", turn + process) == values
+    found = gather("few", turn + process, first_only=True)
+    assert found == ([turn + process] if process else values)
 agree("the same", {"a": {"b": [1, 2]}})
 write_note("stop", {"by": process})
 barrier("all wrote")
 note = read_note("stop")
+assert note["by"] in range(3) and read_note("other") is None
 assert gather("notes", note) == [note] * 3
 
 mesh = jax.make_mesh((3,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
