@@ -214,7 +214,7 @@ def test_stop_tokens_end_a_request_and_are_its_last_token(
 def test_a_mesh_says_what_one_device_says(random_model: Transformer, plain: Engine) -> None:
     requests = greedy(make_prompts(9))
     expected = tokens_of(run(plain, requests))
-    layout = Layout(make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}))
+    layout = Layout(make_mesh({"data": 2, "expert": 2, "tensor": 2}))
     spread = jax.device_put(random_model, tree_shardings(random_model, layout))
     engine = Engine(spread, EngineSettings(rows=4, context=CONTEXT, drafts=1))
     assert tokens_of(run(engine, requests)) == expected
