@@ -1,6 +1,6 @@
 """Compile the train step for a TPU slice that is not there: memory a chip, and the time it takes.
 
-    pip install -e '.[plan]'
+    pip install -e '.[tpu]'
     python benchmarks/compile_for_topology.py v3-671b-v5p-512 --topology v5p:8x8x8 --layers 6 31 61
 
 The compiler that comes with `jax[tpu]` needs no TPU. A program of 671B takes minutes on two cores.
