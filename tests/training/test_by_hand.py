@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dsjax.config import RunConfig
 from dsjax.config_files import load_run_config
 from dsjax.model.layers import RouterBias, tree_shardings, variables
 from dsjax.model.transformer import Transformer
@@ -26,16 +27,15 @@ from sharding.mesh import make_mesh
 from sharding.rules import TRAIN_RULES, Layout, Rules, use_layout
 
 LENGTH, ROWS, MICROBATCHES = 32, 8, 2
-CONFIG = load_run_config(
-    "cpu-tiny",
-    [
-        f"data.sequence_length={LENGTH}",
-        "model.num_hidden_layers=2",
-        "model.vocab_size=64",
-        "training.loss_chunk=8",
-        "training.balance_loss_weight=0.1",
-    ],
-)
+SETTINGS = [
+    f"data.sequence_length={LENGTH}",
+    "model.num_hidden_layers=2",
+    "model.vocab_size=64",
+    "training.loss_chunk=8",
+    "training.balance_loss_weight=0.1",
+]
+CONFIG = load_run_config("cpu-tiny", SETTINGS)
+DENSE = load_run_config("cpu-tiny", ["model=cpu-tiny-qwen3", *SETTINGS])
 EXACT = 1e-5
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -75,9 +75,9 @@ def model() -> Transformer:
 class Run:
     """Gradients under one layout, compiled once."""
 
-    def __init__(self, layout: Layout | None) -> None:
+    def __init__(self, layout: Layout | None, config: RunConfig = CONFIG) -> None:
         self.layout = layout
-        self.gradients = jax.jit(make_gradients(CONFIG))
+        self.gradients = jax.jit(make_gradients(config))
 
     def __call__(self, model: Transformer) -> tuple[Any, Sums]:
         batch, arguments = make_batch(), (jnp.int32(MICROBATCHES), jnp.float32(0.3))
@@ -137,6 +137,14 @@ def test_no_routing_is_too_uneven(sizes: dict[str, int], model: Transformer, alo
         idle = np.delete(np.asarray(expected[1].load), favoured, axis=1)
         assert not idle.any()
         assert_equal(found, expected)
+
+
+@pytest.mark.slow
+def test_a_dense_family_is_computed_on_a_mesh_as_on_one_device() -> None:
+    """Few heads of keys, which every device has, and queries that are split; in a ring."""
+    model = jax.jit(partial(init_state, DENSE))().model
+    layout = layout_of({"fsdp": 2, "context": 2, "tensor": 2}, {})
+    assert_equal(Run(layout, DENSE)(model), Run(None, DENSE)(model))
 
 
 @pytest.mark.slow
