@@ -66,10 +66,10 @@ def run_batch(source: Path, output: Path, model: ModelOptions) -> None:
 
             batch = Batch(*open_model(model), records)
             asked = _answer(batch, source, BatchProgress(found.lines, before, console))
-            if asked.signal is not None and not records.whole:
+            if asked.received is not None and not records.whole:
                 say(f"stopped: {len(records.done):,} of {found.lines:,} requests are in "
                     f"{records.partial}; the same command goes on")  # fmt: skip
-                sys.exit(asked.exit_code)
+                sys.exit(128 + asked.received)
             say(f"{batch.answered:,} answered, {batch.refused:,} refused")
         records.finish()
     say(f"{output}: {found.lines:,} records")
@@ -80,7 +80,7 @@ def _answer(batch: Batch, source: Path, progress: BatchProgress) -> Termination:
     with catch_termination() as asked, progress:
         for tokens in batch.run(read_lines(source)):
             progress.update(batch.done, tokens)
-            if asked.signal is not None:
+            if asked.received is not None:
                 break
     return asked
 

@@ -166,7 +166,7 @@ def answer(
     with catch_termination() as asked:
         for request in job.requests:
             engine.submit(request)
-        while not job.done and asked.signal is None:
+        while not job.done and asked.received is None:
             for chunk in (chunk for update in engine.step() for chunk in job.feed(update)):
                 for choice in chunk["choices"]:
                     for field, text in choice.get("delta", {"text": choice.get("text")}).items():
@@ -174,7 +174,7 @@ def answer(
                             say(field, text)
         for request in job.requests:
             engine.cancel(request.id)
-    return asked.signal
+    return asked.received
 
 
 def _command(line: str, talk: Talk, note: Callable[[str], None]) -> bool:

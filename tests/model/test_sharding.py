@@ -53,7 +53,7 @@ def test_names_become_mesh_axes(layout: Layout) -> None:
     [
         (("embed", "hats"), (4, 4), r"unknown logical axis 'hats'; known: \["),
         (("embed",), (4, 4), r"name 1 dimensions, the array has \(4, 4\)"),
-        (("embed", "q_lora"), (4, 4), r"use a mesh axis twice \(\['fsdp', 'fsdp'\]\)"),
+        (("embed", "q_lora"), (4, 4), r"use a mesh axis twice \(\['fsdp', 'expert', 'fsdp', "),
         (("vocab",), (7,), r"vocab=7 is not divisible by the 2 devices .*'tensor'"),
         (("batch",), (6,), r"batch=6 is not divisible by the 4 devices .*choose 1 or 2"),
     ],
@@ -72,7 +72,7 @@ def test_rules_that_name_no_axis_of_the_mesh_are_refused() -> None:
 
 
 def test_the_same_model_follows_another_table(model: Transformer) -> None:
-    rules = {**TRAIN_RULES, "embed": (), "mlp": ("fsdp", "tensor")}
+    rules = {**TRAIN_RULES, "embed": (), "expert_embed": (), "mlp": ("fsdp", "tensor")}
     layout = Layout(make_mesh({"fsdp": 2, "tensor": 4}), rules)
     shardings = tree_shardings(model, layout)
     assert shardings.moe_layers.ffn.shared.gate.weight.get_value().spec == PartitionSpec(

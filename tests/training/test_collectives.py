@@ -141,8 +141,8 @@ def test_a_step_sends_what_it_is_meant_to_and_nothing_else(sizes: dict[str, int]
     # Round the ring go latents and their gradients. (Segments are a few numbers here.)
     latents = {(rows, places, width) for width in (c.kv_lora_rank, c.qk_rope_head_dim)}
     assert set(of("collective-permute")) == (latents if "context" in sizes else set()), listing
-    # To the experts and back go windows of tokens, and who they are for.
+    # To the experts and back go windows of tokens, one for each device, and who they are for.
     exchanged = max((math.prod(shape) for shape in of("all-to-all")), default=0)
     devices = layout.mesh.shape["expert"]
-    window = Room.of(rows * places, c.num_experts_per_tok, devices).rows * devices
-    assert exchanged == (window * c.hidden_size if devices > 1 else 0), listing
+    window = Room.of(rows * places, c.num_experts_per_tok, devices).rows * c.hidden_size
+    assert exchanged == (window if devices > 1 else 0), listing
