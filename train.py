@@ -48,12 +48,10 @@ def main() -> None:
 
     from dsjax.inference.samples import show_sample
     from dsjax.training.pretrain import pretrain
-    from sharding.distributed import is_alone
 
     console = Console()
     pretrain(config, console)
-    if config.evaluation.sample_tokens and is_alone():  # decoding is for one process
-        show_sample(config, console)
+    show_sample(config, console)
 
 
 if __name__ == "__main__":

@@ -49,13 +49,12 @@ def compile_step(config: Any, topology: str) -> dict[str, Any]:
 
     from dsjax.checkpoint.store import abstract_on
     from dsjax.model.layers import tree_shardings
+    from dsjax.training.pretrain import make_layout
     from dsjax.training.step import Batch, Knobs, init_state, make_train_step
-    from sharding.mesh import make_mesh
-    from sharding.rules import TRAIN_RULES, Layout, use_layout
+    from sharding.rules import use_layout
 
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    rules = {**TRAIN_RULES, **{name: tuple(axes) for name, axes in config.rules.items()}}
-    layout = Layout(make_mesh(config.mesh.model_dump(), described.devices), rules)
+    layout = make_layout(config, described.devices)
     abstract = jax.eval_shape(partial(init_state, config))
     shardings = tree_shardings(abstract, layout)
     training = config.training

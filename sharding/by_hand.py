@@ -15,6 +15,7 @@ The functions below do nothing outside `by_hand`, so the same modules run under 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,6 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from dsjax.errors import UserError
 from sharding.context_parallel import all_places, local_places
 from sharding.rules import Layout, current_layout, use_layout
 
@@ -47,7 +47,7 @@ def by_hand(function: Callable[..., Any], places: Any, result_places: Any) -> Ca
     layout = current_layout()
     if layout is None:
         return function
-    inside = Layout(layout.mesh, layout.rules, by_hand=True)
+    inside = dataclasses.replace(layout, by_hand=True)
 
     def on_a_device(*arguments: Any) -> Any:
         with use_layout(inside):
@@ -67,18 +67,9 @@ def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike) -> Array:
     layout = _inside()
     if layout is None:
         return weight.astype(dtype)
-    gathers: list[tuple[int, tuple[str, ...]]] = []
-    for dim, name in enumerate(axes):
-        stays = layout.split_axes(name)
-        # A dimension that is cut along several axes is cut by the first one first.
-        whole = tuple(axis for axis in layout.rules[name] if layout.mesh.shape[axis] > 1)
-        if whole[: len(stays)] != stays:
-            raise UserError(
-                f"rules: {name!r} goes to {whole}, and stays split over {stays}; name those first"
-            )
-        if missing := whole[len(stays) :]:
-            gathers.append((dim, missing))
-    return _gather(weight, tuple(gathers), jnp.dtype(dtype)) if gathers else weight.astype(dtype)
+    missing = ((dim, layout.gathered_axes(name)) for dim, name in enumerate(axes))
+    gathers = tuple((dim, over) for dim, over in missing if over)
+    return _gather(weight, gathers, jnp.dtype(dtype)) if gathers else weight.astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -135,28 +126,25 @@ def first_place(name: str, size: int) -> Array | int:
     return lax.axis_index(axes) * size if axes else 0
 
 
+def travel_axis(name: str) -> str | None:
+    """The one mesh axis that this dimension is split over, if any: along it data travel.
+
+    For "sequence", where latents go round a ring, and "expert", where tokens go to their experts.
+    """
+    axes = _split(name)
+    return axes[0] if axes else None
+
+
 def sequence_part(x: Array) -> Array:
     """This device's places of [B, S, ...]; integers of every place are on every device."""
-    axes = _split("sequence")
-    return local_places(x, axes[0]) if axes else x
-
-
-def sequence_axis() -> str | None:
-    """The mesh axis that sequences are split over; None where they are whole."""
-    axes = _split("sequence")
-    return axes[0] if axes else None
+    axis = travel_axis("sequence")
+    return x if axis is None else local_places(x, axis)
 
 
 def whole_sequence(x: Array) -> Array:
     """Every place of [B, S, ...], of which this device has `sequence_part`: for small arrays."""
-    axes = _split("sequence")
-    return all_places(x, axes[0]) if axes else x
-
-
-def token_exchange_axis() -> str | None:
-    """The mesh axis along which tokens travel to their experts; None where experts are whole."""
-    axes = _split("expert")
-    return axes[0] if axes else None
+    axis = travel_axis("sequence")
+    return x if axis is None else all_places(x, axis)
 
 
 def summed_over_copies(x: Array, axes: tuple[str, ...]) -> Array:

@@ -74,7 +74,9 @@ def _arrange(
 
     try:
         return arrange(split=False)
-    except NotImplementedError:  # an axis needs only a part of a dimension of the torus
+    except NotImplementedError:
+        # What jax says when no axis of the mesh can have a dimension of the torus to itself; they
+        # share one then, at the price of longer ways.
         return arrange(split=True)
 
 

@@ -130,6 +130,21 @@ class Layout:
         stays = ("expert",) if name == "expert" else ()
         return tuple(axis for axis in axes if axis in stays or axis not in self.token_axes)
 
+    def gathered_axes(self, name: str) -> tuple[str, ...]:
+        """The mesh axes over which a weight's dimension is gathered before it is computed with.
+
+        Raises:
+            UserError: one that it stays split over comes later. What is cut along several axes is
+                cut by the first one first, so only the last ones can be gathered.
+        """
+        whole = tuple(axis for axis in self._mesh_axes(name) if self.mesh.shape[axis] > 1)
+        stays = self.split_axes(name)
+        if whole[: len(stays)] != stays:
+            raise UserError(
+                f"rules: {name!r} goes to {whole}, and stays split over {stays}; name those first"
+            )
+        return whole[len(stays) :]
+
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The mesh axes along which devices have different tokens, in the order of the mesh."""

@@ -9,12 +9,18 @@ from dsjax.checkpoint.load import load
 from dsjax.config import RunConfig
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.inference.generate import generate
+from sharding.distributed import is_alone
 
 PROMPT = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):\n        self."
 
 
 def show_sample(config: RunConfig, console: Console) -> None:
-    """Load the run's newest weights, continue `PROMPT`, and print what comes out."""
+    """Load the run's newest weights, continue `PROMPT`, and print what comes out.
+
+    Nothing where no tokens are asked for, and among several processes: decoding is for one.
+    """
+    if config.evaluation.sample_tokens == 0 or not is_alone():
+        return
     model = load(config.run_dir)
     tokenizer = load_tokenizer(f"{config.run_dir}/tokenizer")
     prompt = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]

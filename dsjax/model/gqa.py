@@ -20,7 +20,7 @@ from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
 from dsjax.kernels.ring_attention import ring_attention
 from dsjax.model.layers import Linear, RMSNorm
 from dsjax.model.rope import RotaryTable, rotate_halves, softmax_scale
-from sharding.by_hand import first_place, is_split, sequence_axis
+from sharding.by_hand import first_place, is_split, travel_axis
 from sharding.rules import constrain
 
 
@@ -61,7 +61,7 @@ class GQA(nnx.Module):
         expand = partial(_of_queries, q.shape[2], shared)
         scale = softmax_scale(self.config)
         heads: Array
-        if (axis := sequence_axis()) is not None:
+        if (axis := travel_axis("sequence")) is not None:
             heads = ring_attention(axis, q, tuple(few), segment_ids, (), expand, scale)
         else:
             heads = causal_attention(q, *expand(few, ()), segment_ids, scale)

@@ -27,7 +27,7 @@ from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
 from dsjax.kernels.ring_attention import ring_attention
 from dsjax.model.layers import Linear, RMSNorm, scale_of, use
 from dsjax.model.rope import RotaryTable, rotate_pairs, softmax_scale
-from sharding.by_hand import sequence_axis
+from sharding.by_hand import travel_axis
 from sharding.rules import constrain
 
 LATENT_NORM_EPS = 1e-6
@@ -85,7 +85,7 @@ class MLA(nnx.Module):
         expand = partial(_expand, self.config.qk_nope_head_dim)
         scale = softmax_scale(self.config)
         heads: Array
-        if (axis := sequence_axis()) is not None:
+        if (axis := travel_axis("sequence")) is not None:
             heads = ring_attention(axis, q, latent, segment_ids, weight, expand, scale)
         else:
             heads = causal_attention(q, *expand(latent, weight), segment_ids, scale)

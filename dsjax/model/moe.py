@@ -21,7 +21,7 @@ from dsjax.kernels.experts_inference import apply_experts
 from dsjax.kernels.experts_parallel import routed_experts_over
 from dsjax.kernels.swiglu import SwiGLU
 from dsjax.model.layers import MLP, RouterBias, parameter, put_columns_first, scale_of, use
-from sharding.by_hand import summed, token_exchange_axis
+from sharding.by_hand import summed, travel_axis
 from sharding.rules import constrain
 
 
@@ -67,7 +67,7 @@ def choose_experts(
             group_scores = groups.max(-1)
         _, best = jax.lax.top_k(group_scores, config.topk_group)
         kept = (best[:, :, None] == jnp.arange(config.n_group)[None, None]).any(1)
-        # -inf, never 0: biased scores can be negative (FACTS of the released code).
+        # -inf, never 0: biased scores can be negative, and the released code says -inf.
         steering = jnp.where(kept[:, :, None], groups, -jnp.inf).reshape(scores.shape)
     _, experts = jax.lax.top_k(steering, config.num_experts_per_tok)
     gates = jnp.take_along_axis(scores, experts, axis=1)
@@ -133,7 +133,7 @@ class Experts(nnx.Module):
             return apply_experts(x, weights, routing.experts, routing.gates, blocks)
         weights = SwiGLU(*(use(w, x.dtype, s) for w, s in zip(held, scales, strict=True)))
         y: Array
-        if (axis := token_exchange_axis()) is not None:
+        if (axis := travel_axis("expert")) is not None:
             y = routed_experts_over(axis, x, weights, routing.experts, routing.gates)
         else:
             apply = apply_experts if self.inputs_first else routed_experts

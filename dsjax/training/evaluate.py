@@ -75,10 +75,10 @@ def score_rows(
             both = scored & reaches(segment_ids, 2)
             drafted = both.sum()
             accepted = (both & (draft == shift(best, 1))).sum()
-        load = jnp.concatenate([out.load, ahead.load])
-        mine = Scores((nll * scored).sum(), scored.sum(), accepted, drafted, load)
-        whole_batch = jax.tree.map(lambda x: summed(x, "batch"), mine)
-        return whole_batch._replace(load=summed_over_tokens(load))
+        of_rows = (nll * scored).sum(), scored.sum(), accepted, drafted
+        nats, count, accepted, drafted = (summed(x, "batch") for x in of_rows)
+        load = summed_over_tokens(jnp.concatenate([out.load, ahead.load]))
+        return Scores(nats, count, accepted, drafted, load)
 
     rows = place(tokens.shape, "batch", None)
     run = by_hand(of_parts, (tree_places(model), rows, rows, rows), PartitionSpec())

@@ -56,8 +56,7 @@ def _forward(
         total, d_head = carry
         hidden, targets, weights = part
         nll, logits, log_total = _negative_log_likelihood(hidden, head, targets)
-        ids = first_place("vocab", head.shape[0]) + jnp.arange(head.shape[0])
-        hit = targets[..., None] == ids[None, None]
+        hit = _hits(targets, head.shape[0])
         d_logits = (jnp.exp(logits - log_total[..., None]) - hit) * weights[..., None]
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, head)
@@ -108,10 +107,14 @@ def _negative_log_likelihood(
         return log_total - picked, logits, log_total
     top = largest(logits.max(-1), "vocab")
     log_total = top + jnp.log(summed(jnp.exp(logits - top[..., None]).sum(-1), "vocab"))
-    ids = first_place("vocab", head.shape[0]) + jnp.arange(head.shape[0])
-    hit = targets[..., None] == ids[None, None]
-    picked = summed(jnp.where(hit, logits, 0).sum(-1), "vocab")
+    picked = summed(jnp.where(_hits(targets, head.shape[0]), logits, 0).sum(-1), "vocab")
     return log_total - picked, logits, log_total
+
+
+def _hits(targets: Array, size: int) -> Array:
+    """Which of this device's `size` ids is the target [B, S, size]; none, if it lies elsewhere."""
+    ids = first_place("vocab", size) + jnp.arange(size)
+    return targets[..., None] == ids[None, None]
 
 
 def _likeliest(logits: Array) -> Array:

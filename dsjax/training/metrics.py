@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from tensorboardX import SummaryWriter
 
+from dsjax.small_files import write_whole
 from sharding.distributed import is_first, share
 
 Record = dict[str, Any]
@@ -59,9 +59,7 @@ class MetricsLog:
         if not self._path.exists():
             return False
         kept = [record for record in read_metrics(self._path) if record["step"] <= step]
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        write_whole(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         return any(record["step"] == step and record.get("held_out_complete") for record in kept)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from importlib.metadata import version
@@ -82,8 +83,7 @@ def _pretrain(config: RunConfig, console: Console) -> None:
     """`pretrain`, once all processes have come together."""
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    mesh = make_mesh(config.mesh.model_dump(exclude={"dcn"}), dcn=config.mesh.dcn.model_dump())
-    layout = Layout(mesh, {**TRAIN_RULES, **_rules(config)})
+    layout = make_layout(config)
     abstract = jax.eval_shape(partial(init_state, config))
     shardings = tree_shardings(abstract, layout)
     rows = _rows_read_here(config, layout)
@@ -131,11 +131,20 @@ def _write_beginning(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> N
     tokenizer.save(folder / "tokenizer")
 
 
-def _rules(config: RunConfig) -> dict[str, tuple[str, ...]]:
-    """The configuration's changes to the rule table."""
+def make_layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
+    """The mesh of a run over all devices, or these, and its rule table.
+
+    Raises:
+        UserError: the mesh or the rules cannot be; the message says what could.
+    """
     if unknown := sorted(set(config.rules) - set(TRAIN_RULES)):
         raise UserError(f"rules: unknown logical axis {unknown[0]!r}; known: {sorted(TRAIN_RULES)}")
-    return {name: tuple(axes) for name, axes in config.rules.items()}
+    sizes, dcn = config.mesh.model_dump(exclude={"dcn"}), config.mesh.dcn.model_dump()
+    changes = {name: tuple(axes) for name, axes in config.rules.items()}
+    layout = Layout(make_mesh(sizes, devices, dcn=dcn), {**TRAIN_RULES, **changes})
+    for name in layout.rules:
+        layout.gathered_axes(name)
+    return layout
 
 
 def _rows_read_here(config: RunConfig, layout: Layout) -> np.ndarray:

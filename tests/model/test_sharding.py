@@ -80,6 +80,17 @@ def test_the_same_model_follows_another_table(model: Transformer) -> None:
     )
 
 
+def test_a_weight_is_gathered_over_what_has_tokens_and_cannot_be_from_the_middle() -> None:
+    layout = Layout(make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}))
+    assert layout.gathered_axes("embed") == ("fsdp", "expert")
+    assert layout.gathered_axes("expert") == layout.gathered_axes("heads") == ()
+    assert layout.split_axes("expert") == ("expert",) and layout.split_axes("heads") == ("tensor",)
+    mixed = Layout(layout.mesh, {**TRAIN_RULES, "mlp": ("fsdp", "tensor")})
+    with pytest.raises(UserError, match=r"'mlp' goes to .*stays split over \('tensor',\); name"):
+        mixed.gathered_axes("mlp")
+    assert Layout(layout.mesh, {**TRAIN_RULES, "mlp": ("tensor", "fsdp")}).gathered_axes("mlp")
+
+
 def test_a_model_that_does_not_divide_is_refused(model: Transformer) -> None:
     rules = {**TRAIN_RULES, "latent": ("fsdp",)}
     with pytest.raises(UserError, match=r"q_lora|latent"):

@@ -24,7 +24,7 @@ from dsjax.model.transformer import Transformer
 from dsjax.training.evaluate import score_rows
 from dsjax.training.step import Batch, Sums, init_state, make_gradients
 from sharding.mesh import make_mesh
-from sharding.rules import TRAIN_RULES, Layout, Rules, use_layout
+from sharding.rules import PREFILL_RULES, TRAIN_RULES, Layout, Rules, use_layout
 
 LENGTH, ROWS, MICROBATCHES = 32, 8, 2
 SETTINGS = [
@@ -154,7 +154,7 @@ def test_a_mesh_scores_held_out_rows_as_one_device_does(model: Transformer) -> N
     tokens, segments = batch.tokens[0], batch.segment_ids[0]
     scored = jnp.asarray(np.random.default_rng(1).random(tokens.shape) < 0.7)
     expected = jax.jit(partial(score_rows, chunk=8))(model, tokens, segments, scored)
-    layout = layout_of({"fsdp": 2, "context": 2, "tensor": 2}, {})
+    layout = layout_of({"fsdp": 2, "context": 2, "tensor": 2}, PREFILL_RULES)
     with use_layout(layout):
         placed = jax.device_put(model, tree_shardings(model, layout))
         found = jax.jit(partial(score_rows, chunk=8))(placed, tokens, segments, scored)
