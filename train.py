@@ -40,18 +40,21 @@ def main() -> None:
         name, overrides = DEFAULT, [name, *overrides]
 
     # Imported late: `--help` and a wrong configuration need no jax.
+    from dsjax.config import PretrainConfig
     from dsjax.config_files import load_run_config
 
     config = read_together(lambda: load_run_config(name, overrides))
 
     from rich.console import Console
 
-    from dsjax.inference.samples import show_sample
-    from dsjax.training.pretrain import pretrain
-
     console = Console()
-    pretrain(config, console)
-    show_sample(config, console)
+    match config:
+        case PretrainConfig():
+            from dsjax.inference.samples import show_sample
+            from dsjax.training.pretrain import pretrain
+
+            pretrain(config, console)
+            show_sample(config, console)
 
 
 if __name__ == "__main__":

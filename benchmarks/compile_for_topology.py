@@ -32,11 +32,11 @@ def main() -> None:
     kind = arguments.topology.split(":")[0]
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-8")
 
-    from dsjax.config_files import load_run_config
+    from dsjax.config_files import load_pretrain_config
 
     for layers in arguments.layers or [None]:
         change = [] if layers is None else [f"model.num_hidden_layers={layers}"]
-        config = load_run_config(arguments.config, [*arguments.overrides, *change])
+        config = load_pretrain_config(arguments.config, [*arguments.overrides, *change])
         record = compile_step(config, arguments.topology)
         print(json.dumps(record), flush=True)
 

@@ -50,10 +50,10 @@ def dsjax_step(tokens: np.ndarray) -> Callable[[], float]:
     import jax
     import jax.numpy as jnp
 
-    from dsjax.config_files import load_run_config
+    from dsjax.config_files import load_pretrain_config
     from dsjax.training.step import Batch, Knobs, init_state, make_train_step
 
-    config = load_run_config(
+    config = load_pretrain_config(
         "cpu-tiny",
         [f"data.sequence_length={tokens.shape[1]}", "training.loss_chunk=128"],
     ).model_copy(update={"model": model_config()})

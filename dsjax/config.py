@@ -172,22 +172,29 @@ class OptimizerConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
 
 
-class TrainingConfig(Section):
-    """The training loop: how long, how much at once, and which losses."""
+class StepConfig(Section):
+    """How the step of a run computes, whatever its loss is."""
 
-    tokens: Count = Field(gt=0)
-    max_steps: int | None = Field(None, gt=0)
-    batch_size: Schedule
     microbatch_size: int = Field(gt=0)
+    """Rows, over all devices, whose gradients are made at once."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["keep_all", "keep_matmuls", "keep_layer_inputs", "keep_layer_inputs_on_host"] = (
         "keep_layer_inputs"
     )
     loss_chunk: int = Field(512, gt=0)
-    mtp_weight: Schedule = Field([Stage(value=0.3)])
-    bias_update_rate: Schedule = Field([Stage(value=0.001)])
+    """Positions of a row whose logits exist at the same time."""
     balance_loss_weight: float = Field(1e-4, ge=0)
     max_bad_steps: int = Field(5, gt=0)
+
+
+class TrainingConfig(StepConfig):
+    """The training loop: how long, how much at once, and which losses."""
+
+    tokens: Count = Field(gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    batch_size: Schedule
+    mtp_weight: Schedule = Field([Stage(value=0.3)])
+    bias_update_rate: Schedule = Field([Stage(value=0.001)])
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -223,21 +230,28 @@ class ProfileConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything a training run is made of."""
+    """What a run of any task is made of; each task's own class adds the rest."""
 
-    task: Literal["pretrain"] = "pretrain"
+    task: str
     run_dir: str
     seed: int = Field(0, ge=0)
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     rules: dict[str, list[str]] = Field({})
-    data: DataConfig
     optimizer: OptimizerConfig
-    training: TrainingConfig
+    training: StepConfig
     checkpoint: CheckpointConfig
-    evaluation: EvaluationConfig
     profile: ProfileConfig | None = None
+
+
+class PretrainConfig(RunConfig):
+    """A run that trains on documents."""
+
+    task: Literal["pretrain"] = "pretrain"
+    data: DataConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
 
     @model_validator(mode="after")
     def _check(self) -> Self:

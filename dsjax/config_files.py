@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Tag, ValidationError
 
 from dsjax.architecture import FAMILIES, ModelConfig
-from dsjax.config import RunConfig
+from dsjax.config import PretrainConfig, RunConfig
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
 from dsjax.small_files import read_small
@@ -18,6 +18,9 @@ from dsjax.small_files import read_small
 T = TypeVar("T", bound=BaseModel)
 
 MAX_YAML_BYTES = 1_000_000
+
+TASKS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig}
+"""The configuration of each task of train.py."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -55,7 +58,18 @@ def load_run_config(name: str | Path, overrides: list[str] | None = None) -> Run
         _override(tree, text)
     if isinstance(model := tree.get("model"), dict):
         tree["model"] = parse_model(model, source=str(path), under="model.")
-    return parse(RunConfig, tree, source=str(path))
+    task = tree.get("task", "pretrain")
+    if not isinstance(task, str) or task not in TASKS:
+        raise UserError(f"{path}: task={task!r}: expected one of {', '.join(TASKS)}")
+    return parse(TASKS[task], tree, source=str(path))
+
+
+def load_pretrain_config(name: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
+    """The same, where it must be a configuration of pre-training."""
+    config = load_run_config(name, overrides)
+    if not isinstance(config, PretrainConfig):
+        raise UserError(f"{name}: its task is {config.task}; expected pretrain")
+    return config
 
 
 def find_config(name: str | Path, folder: Path) -> Path:

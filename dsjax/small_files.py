@@ -82,6 +82,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return parse_json(read_small(file, MAX_JSON_BYTES), str(file))
 
 
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """The same; a file that is not there says nothing."""
+    return read_json(path) if path.is_file() else {}
+
+
 def parse_json(text: bytes, source: str) -> dict[str, Any]:
     """One JSON object of UTF-8 bytes, in which no key stands twice and every number is one.
 

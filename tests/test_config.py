@@ -10,7 +10,14 @@ import yaml
 
 from dsjax.architecture import DeepSeekConfig
 from dsjax.config import RunConfig, Stage, schedule_value
-from dsjax.config_files import CONFIGS, load_model_config, load_run_config, parse, read_yaml
+from dsjax.config_files import (
+    CONFIGS,
+    load_model_config,
+    load_pretrain_config,
+    load_run_config,
+    parse,
+    read_yaml,
+)
 from dsjax.errors import UserError
 
 MODEL: dict[str, Any] = read_yaml(CONFIGS / "model" / "cpu-tiny.yaml")
@@ -55,7 +62,7 @@ def test_every_shipped_configuration_is_valid() -> None:
     for name in models:
         assert load_model_config(name).vocab_size > 0
     for path in CONFIGS.glob("*.yaml"):
-        assert load_run_config(path.stem).training.tokens > 0
+        assert load_pretrain_config(path.stem).training.tokens > 0
 
 
 def test_a_configuration_is_found_by_name_or_path(tmp_path: Path) -> None:
@@ -264,7 +271,7 @@ def test_an_override_that_leads_nowhere_is_refused(
     ],
 )
 def test_counts_have_suffixes(run_file: Path, text: str, tokens: int) -> None:
-    assert load_run_config(run_file, [f"training.tokens={text}"]).training.tokens == tokens
+    assert load_pretrain_config(run_file, [f"training.tokens={text}"]).training.tokens == tokens
 
 
 @pytest.mark.parametrize("text", ["1.2.3M", "M", "14.8Q", "-3K", "0", "1.5", "many"])
@@ -274,7 +281,7 @@ def test_what_is_no_count_is_refused(run_file: Path, text: str) -> None:
 
 
 def test_a_number_is_a_constant_schedule(run_file: Path) -> None:
-    stages = load_run_config(run_file, ["training.mtp_weight=0.1"]).training.mtp_weight
+    stages = load_pretrain_config(run_file, ["training.mtp_weight=0.1"]).training.mtp_weight
     assert [schedule_value(stages, tokens) for tokens in (0, 10**15)] == [0.1, 0.1]
 
 

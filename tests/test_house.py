@@ -29,6 +29,7 @@ FLOORS = {
     "dsjax.data": 4,
     "dsjax.inference": 5,
     "dsjax.training": 5,
+    "dsjax.rewards": 5,
     "dsjax.serving": 6,
     "dsjax.posttraining": 6,
     "dsjax.evaluation": 6,

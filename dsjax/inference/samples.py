@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from dsjax.checkpoint.load import load
-from dsjax.config import RunConfig
+from dsjax.config import PretrainConfig
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.inference.generate import generate
 from sharding.distributed import is_alone
@@ -14,7 +14,7 @@ from sharding.distributed import is_alone
 PROMPT = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):\n        self."
 
 
-def show_sample(config: RunConfig, console: Console) -> None:
+def show_sample(config: PretrainConfig, console: Console) -> None:
     """Load the run's newest weights, continue `PROMPT`, and print what comes out.
 
     Nothing where no tokens are asked for, and among several processes: decoding is for one.

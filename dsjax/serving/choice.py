@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from dsjax.data.thinking import Field, Speech
 from dsjax.inference.request import FinishReason, TokenLogprob, Update
-from dsjax.serving.thinking import Field, Speech
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no infinity."""

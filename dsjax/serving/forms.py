@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dsjax.data.thinking import Field
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.serving.choice import Choice, Part, Score
-from dsjax.serving.thinking import Field
 
 CHAT_FIELDS: tuple[Field, ...] = ("reasoning_content", "content")
 

@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dsjax.data.chat_template import TemplateError
+from dsjax.data.text import TextStream, encode_with_added_tokens
+from dsjax.data.thinking import Speech, ThoughtfulSpeech, opens_thought
 from dsjax.errors import UserError
 from dsjax.inference.request import LARGEST_SEED, Request, Update
 from dsjax.serving.bodies import ChatBody, CompletionBody, Message
-from dsjax.serving.chat_template import TemplateError
 from dsjax.serving.choice import Choice
 from dsjax.serving.forms import ChatForm, CompletionForm, Form
 from dsjax.serving.protocol import RequestError, Served
 from dsjax.serving.reading import logprobs, read_body, sampling
-from dsjax.serving.text import TextStream, encode_with_added_tokens
-from dsjax.serving.thinking import Speech, ThoughtfulSpeech, opens_thought
 
 MAX_CHOICES = 1024
 """Of all prompts of one request together."""

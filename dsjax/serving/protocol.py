@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dsjax.data.chat_template import ChatTemplate, read_chat_template
 from dsjax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from dsjax.errors import UserError, one_line
 from dsjax.serving.bodies import Probability
-from dsjax.serving.chat_template import ChatTemplate
-from dsjax.small_files import MAX_JSON_BYTES, read_json, read_small
+from dsjax.small_files import read_json_if_there
 
 
 class RequestError(Exception):
@@ -78,9 +78,8 @@ class Served:
 def load_served(folder: str | Path, name: str, *, vocab_size: int, context: int) -> Served:
     """Read tokenizer, chat template and defaults from a released folder or a run directory.
 
-    A run keeps its tokenizer in `tokenizer/`. The chat template is chat_template.jinja,
-    chat_template.json, or what tokenizer_config.json has, in this order, as in `transformers`.
-    Without one the model serves completions alone.
+    A run keeps its tokenizer in `tokenizer/`. Without a chat template the model serves completions
+    alone.
 
     Raises:
         UserError: a file is missing, damaged or holds what cannot be used; the message names it.
@@ -89,13 +88,13 @@ def load_served(folder: str | Path, name: str, *, vocab_size: int, context: int)
     tokenizer = load_tokenizer(home)
     if not tokenizer.byte_level:
         raise UserError(f"{home}: the tokenizer is not byte-level, and only such can be served")
-    config = _read_json(home / "tokenizer_config.json")
+    config = read_json_if_there(home / "tokenizer_config.json")
     return Served(
         name=name,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         context=context,
-        template=_read_template(home, config, tokenizer),
+        template=read_chat_template(home, tokenizer),
         defaults=_read_defaults(home / "generation_config.json"),
         add_bos=config.get("add_bos_token") is not False,
         think_start_id=tokenizer.added_tokens.get("<think>"),
@@ -103,45 +102,9 @@ def load_served(folder: str | Path, name: str, *, vocab_size: int, context: int)
     )
 
 
-def _read_template(
-    home: Path, config: Mapping[str, Any], tokenizer: Tokenizer
-) -> ChatTemplate | None:
-    file = home / "chat_template.jinja"
-    source = _read_text(file) if file.is_file() else None
-    source = source or _read_json(home / "chat_template.json").get("chat_template")
-    source = source or config.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        named = (item for item in source if isinstance(item, dict))
-        source = next((i.get("template", i) for i in named if i.get("name") == "default"), None)
-    if not source:
-        return None
-    if not isinstance(source, str):
-        raise UserError(f"{home}: chat_template is no text")
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    names = {key: "" if i is None else tokenizer.decode([i]) for key, i in ids.items()}
-    try:
-        template = ChatTemplate(source, tokenizer, names)
-        template.check()
-    except UserError as error:
-        raise UserError(f"{home}: {error}") from None
-    return template
-
-
 def _read_defaults(path: Path) -> dict[str, Any]:
     try:
-        return Defaults.model_validate(_read_json(path)).model_dump(exclude_none=True)
+        return Defaults.model_validate(read_json_if_there(path)).model_dump(exclude_none=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise UserError(f"{path}: {problem['loc'][0]}: {one_line(problem['msg'])}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; a file that is not there says nothing."""
-    return read_json(path) if path.is_file() else {}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return read_small(path, MAX_JSON_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None

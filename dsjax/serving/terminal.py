@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from dsjax.data.text import encode_with_added_tokens
 from dsjax.serving.job import parse
 from dsjax.serving.protocol import RequestError, Served
 from dsjax.serving.reading import CHAT, COMPLETIONS
-from dsjax.serving.text import encode_with_added_tokens
 from dsjax.training.signals import catch_termination
 
 if TYPE_CHECKING:

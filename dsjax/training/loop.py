@@ -15,7 +15,7 @@ from jax import stages
 from rich.console import Console
 
 from dsjax.checkpoint.store import CheckpointStore
-from dsjax.config import RunConfig, schedule_value
+from dsjax.config import PretrainConfig, schedule_value
 from dsjax.data.held_out import HeldOutRows
 from dsjax.data.pipeline import TrainingIterator, joined_state
 from dsjax.training.bucket_metrics import BucketMetrics
@@ -48,7 +48,7 @@ class Plan:
     bias_update_rate: float
 
 
-def plan_step(config: RunConfig, clock: Clock) -> Plan:
+def plan_step(config: PretrainConfig, clock: Clock) -> Plan:
     """Read every schedule at the tokens seen before the step."""
     training = config.training
     seen = clock.tokens
@@ -68,7 +68,7 @@ def plan_step(config: RunConfig, clock: Clock) -> Plan:
 class TrainingLoop:
     """One run while it runs. `exit_code` is set when it ends before its tokens are seen."""
 
-    config: RunConfig
+    config: PretrainConfig
     layout: Layout
     state: TrainState
     clock: Clock

@@ -27,7 +27,7 @@ import yaml
 from rich.console import Console
 
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
-from dsjax.config import RunConfig
+from dsjax.config import PretrainConfig
 from dsjax.data.held_out import HeldOutRows, held_out_rows
 from dsjax.data.pipeline import TrainingIterator, sample_texts, training_iterator
 from dsjax.data.sources import Corpus, open_corpus
@@ -50,7 +50,7 @@ from sharding.mesh import make_mesh
 from sharding.rules import TRAIN_RULES, Layout, use_layout
 
 
-def pretrain(config: RunConfig, console: Console) -> None:
+def pretrain(config: PretrainConfig, console: Console) -> None:
     """Train, or go on training, until `training.tokens` are seen; then evaluate and summarize.
 
     With several processes all call this on the same configuration, and share the run directory.
@@ -79,7 +79,7 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _pretrain(config: RunConfig, console: Console) -> None:
+def _pretrain(config: PretrainConfig, console: Console) -> None:
     """`pretrain`, once all processes have come together."""
     if jax.default_backend() == "cpu":
         keep_freed_memory()
@@ -124,14 +124,14 @@ def _pretrain(config: RunConfig, console: Console) -> None:
     share("summary", lambda: _finish(config, folder, corpus, held_out, console))
 
 
-def _write_beginning(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> None:
+def _write_beginning(config: PretrainConfig, folder: Path, tokenizer: Tokenizer) -> None:
     settings = config.model_dump(exclude={"distributed"})
     text = yaml.safe_dump(settings, sort_keys=False)
     write_whole(folder / "config.yaml", text.encode())
     tokenizer.save(folder / "tokenizer")
 
 
-def make_layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
+def make_layout(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Layout:
     """The mesh of a run over all devices, or these, and its rule table.
 
     Raises:
@@ -147,7 +147,7 @@ def make_layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layo
     return layout
 
 
-def _rows_read_here(config: RunConfig, layout: Layout) -> np.ndarray:
+def _rows_read_here(config: PretrainConfig, layout: Layout) -> np.ndarray:
     """Which rows of a microbatch go to this process's devices; says if that does not divide."""
     shape = (config.training.microbatch_size, config.data.sequence_length)
     check_context(shape[1], layout.ways("sequence"))
@@ -157,7 +157,7 @@ def _rows_read_here(config: RunConfig, layout: Layout) -> np.ndarray:
         raise UserError(f"training.microbatch_size={shape[0]}: {error}") from None
 
 
-def _tokenizer(config: RunConfig, corpus: Corpus, folder: Path, console: Console) -> Tokenizer:
+def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path, console: Console) -> Tokenizer:
     """The given tokenizer, the run's own from before, or a new one from the training documents."""
     vocab_size = config.model.vocab_size
     own = folder / "tokenizer"
@@ -178,7 +178,7 @@ def _tokenizer(config: RunConfig, corpus: Corpus, folder: Path, console: Console
     return tokenizer
 
 
-def _trained_tokenizer(config: RunConfig, corpus: Corpus, console: Console) -> Tokenizer:
+def _trained_tokenizer(config: PretrainConfig, corpus: Corpus, console: Console) -> Tokenizer:
     begin = time.monotonic()
     texts = sample_texts(corpus, config.data.tokenizer_train_bytes)
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
@@ -187,14 +187,14 @@ def _trained_tokenizer(config: RunConfig, corpus: Corpus, console: Console) -> T
     return tokenizer
 
 
-def _held_out(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> HeldOutRows | None:
+def _held_out(config: PretrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> HeldOutRows | None:
     if config.data.held_out_fraction == 0:
         return None
     return held_out_rows(corpus, tokenizer, config.data.sequence_length)
 
 
 def _resume(
-    config: RunConfig,
+    config: PretrainConfig,
     store: CheckpointStore,
     placed: TrainState,
     data: TrainingIterator,
@@ -218,7 +218,11 @@ def _resume(
 
 
 def _finish(
-    config: RunConfig, folder: Path, corpus: Corpus, held_out: HeldOutRows | None, console: Console
+    config: PretrainConfig,
+    folder: Path,
+    corpus: Corpus,
+    held_out: HeldOutRows | None,
+    console: Console,
 ) -> None:
     """Picture, summary file and table of a run that has seen all its tokens."""
     records = read_records(folder)

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import RunConfig
+from dsjax.config import PretrainConfig
 from dsjax.model.layers import RouterBias, sum_of_copies, tree_places
 from dsjax.model.mtp import reaches, shift
 from dsjax.model.transformer import Remat, Transformer
@@ -129,7 +129,7 @@ def target_counts(segment_ids: Int[Array, "M B S"], depths: int) -> Int[Array, "
 
 
 def make_gradients(
-    config: RunConfig,
+    config: PretrainConfig,
 ) -> Callable[[Transformer, Batch, Array, Array], tuple[Any, Sums]]:
     """The gradients of a batch's loss, as `(model, batch, microbatches, mtp_weight)`.
 
@@ -180,7 +180,7 @@ def make_gradients(
 
 
 def make_train_step(
-    config: RunConfig,
+    config: PretrainConfig,
 ) -> Callable[[TrainState, Batch, Array, Knobs], tuple[TrainState, Metrics]]:
     """The step as a pure function `(state, batch, microbatches, knobs)`, ready for `jax.jit`.
 
@@ -242,7 +242,7 @@ def update_biases(biases: nnx.State, load: Float[Array, "L E"], rate: Array) -> 
     return nnx.from_flat_state(moved)
 
 
-def init_state(config: RunConfig) -> TrainState:
+def init_state(config: PretrainConfig) -> TrainState:
     """Fresh parameters from the run's seed; trace it, or jit it with output shardings."""
     root = jax.random.key(config.seed)
     model = Transformer(

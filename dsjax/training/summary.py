@@ -9,13 +9,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dsjax.config import RunConfig
+from dsjax.config import PretrainConfig
 from dsjax.data.held_out import compression_baselines
 from dsjax.data.sources import Corpus
 from dsjax.training.metrics import Record
 
 
-def summary_of(config: RunConfig, records: list[Record], corpus: Corpus | None) -> dict[str, Any]:
+def summary_of(
+    config: PretrainConfig, records: list[Record], corpus: Corpus | None
+) -> dict[str, Any]:
     """Figures of a finished run; those of held-out text when there is a corpus to take it from."""
     steps = [r for r in records if "loss" in r]
     summary: dict[str, Any] = {

@@ -34,7 +34,7 @@ from reference.weights import place, random_weights
 
 from dsjax.checkpoint.convert import convert
 from dsjax.checkpoint.store import CheckpointStore
-from dsjax.config_files import load_run_config
+from dsjax.config_files import load_pretrain_config
 
 ARRAY = "weights/norm.weight/.zarray"
 EXPERTS = "weights/moe_layers.ffn.experts.up/.zarray"
@@ -49,7 +49,7 @@ def write_ours(folder: Path) -> None:
     convert(folder / "single", folder / "ours")
     run, of = folder / "run", CONFIGS["v3"]
     run.mkdir()
-    written = load_run_config("cpu-tiny").model_copy(update={"model": of})
+    written = load_pretrain_config("cpu-tiny").model_copy(update={"model": of})
     (run / "config.yaml").write_text(yaml.safe_dump(written.model_dump(), sort_keys=False))
     with closing(CheckpointStore(run / "checkpoints", keep=2)) as store:
         store.save(1, {"model": place(of, random_weights(of))}, {})

@@ -15,7 +15,7 @@ from dsjax.checkpoint.convert import convert
 from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.inspect import inspect, report
 from dsjax.checkpoint.store import CheckpointStore
-from dsjax.config_files import load_run_config
+from dsjax.config_files import load_pretrain_config
 from dsjax.errors import UserError
 from dsjax.model.layers import variables
 
@@ -27,7 +27,7 @@ STEPS = (1, 2)
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints, each of other weights, with something beside the model."""
     folder = tmp_path_factory.mktemp("run")
-    config = load_run_config("cpu-tiny").model_copy(update={"model": CONFIG})
+    config = load_pretrain_config("cpu-tiny").model_copy(update={"model": CONFIG})
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer/tokenizer.json").write_text("{}")

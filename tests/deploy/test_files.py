@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dsjax.config_files import load_run_config
+from dsjax.config_files import load_pretrain_config
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -150,5 +150,5 @@ def test_the_jobset_is_one_and_has_a_pod_for_each_host_of_its_topology() -> None
     assert container.resources.requests == container.resources.limits
     assert job.parallelism == job.completions == x * y * z // chips
     assert container.command[:2] == ["python", "train.py"]
-    mesh = load_run_config(container.command[2], container.command[3:]).mesh
+    mesh = load_pretrain_config(container.command[2], container.command[3:]).mesh
     assert mesh.fsdp * mesh.expert == x * y * z

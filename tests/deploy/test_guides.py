@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dsjax.config_files import load_run_config
+from dsjax.config_files import load_pretrain_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("cloud-tpu", "gpu", "pods")]
@@ -33,7 +33,7 @@ def test_the_files_and_runs_that_a_guide_names_are_there(guide: Path) -> None:
     runs = [run for words in commands(text) if (run := run_of(words))]
     assert runs or guide.stem == "pods"
     for name, *settings in runs:
-        load_run_config(name, settings)
+        load_pretrain_config(name, settings)
 
 
 def run_of(words: list[str]) -> list[str]:
@@ -47,7 +47,7 @@ def run_of(words: list[str]) -> list[str]:
 
 def expert_bytes(name: str) -> tuple[Any, float]:
     """A model, and the bytes of one layer's routed experts in bfloat16."""
-    model: Any = load_run_config(name).model
+    model: Any = load_pretrain_config(name).model
     size = 3 * model.n_routed_experts * model.hidden_size * model.moe_intermediate_size
     return model, 2.0 * size
 
@@ -88,7 +88,7 @@ PARAMETERS = {"v3": 682_636_487_424, "v2": 15_706_484_224}
 def test_the_memory_of_each_run_is_that_of_the_formulas(
     name: str, family: str, mesh: dict[str, int] | None
 ) -> None:
-    config = load_run_config(name)
+    config = load_pretrain_config(name)
     sizes = mesh or config.mesh.model_dump()
     fsdp, expert, tensor = (int(sizes.get(axis, 1)) for axis in ("fsdp", "expert", "tensor"))
     model, layer = expert_bytes(name)

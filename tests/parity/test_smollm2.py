@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsjax import load, load_tokenizer
 from dsjax.checkpoint.convert import convert
+from dsjax.data.chat_template import ChatTemplate
 from dsjax.inference.engine import Engine
 from dsjax.inference.request import Request, SamplingParams
 from dsjax.inference.settings import EngineSettings
-from dsjax.serving.chat_template import ChatTemplate
 from dsjax.serving.protocol import load_served
 
 NEW = 32

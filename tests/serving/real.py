@@ -11,8 +11,8 @@ from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
 from dsjax.model.transformer import Transformer
 from dsjax.serving.protocol import Served
+from tests.data.spoken import make_served, tokenizer
 from tests.serving.ports import Port, until
-from tests.serving.spoken import make_served, tokenizer
 
 CONTEXT = 256
 ROWS = 8

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from dsjax.data.chat_template import ChatTemplate
 from dsjax.data.tokenizer import BOS, EOS, Tokenizer, train_tokenizer
 from dsjax.errors import UserError
 from dsjax.inference.request import FinishReason, Request, TokenLogprob, Update
-from dsjax.serving.chat_template import ChatTemplate
 from dsjax.serving.protocol import Served
 
 TEMPLATE = (

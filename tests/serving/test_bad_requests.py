@@ -14,9 +14,9 @@ import pytest
 
 from dsjax.inference.speculation import Speculation
 from dsjax.serving.reading import CHAT, COMPLETIONS
+from tests.data.spoken import ids
 from tests.serving.ports import DIRECT, Port, open_port, raw_post, read_until
 from tests.serving.real import CONTEXT, engine, nothing_is_left, served
-from tests.serving.spoken import ids
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from dsjax.data.tokenizer import EOS, Tokenizer
 from dsjax.inference.request import TokenLogprob, Update
 from dsjax.serving.job import parse
 from dsjax.serving.reading import CHAT, COMPLETIONS
-from tests.serving.spoken import byte_ids, ids, make_served, run, scored, speak, template, tokenizer
+from tests.data.spoken import byte_ids, ids, make_served, run, scored, speak, template, tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
 PLAIN = "{{ bos_token }}<｜User｜>{{ messages[0].content }}<｜Assistant｜>"

@@ -9,8 +9,8 @@ from dsjax.checkpoint.source import read_folder_config
 from dsjax.data.tokenizer import BOS, EOS, load_tokenizer
 from dsjax.errors import UserError
 from dsjax.serving.protocol import RequestError, load_served
+from tests.data.spoken import TEMPLATE, ids, tokenizer
 from tests.serving.checkpoints import write_checkpoint
-from tests.serving.spoken import TEMPLATE, ids, tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
 

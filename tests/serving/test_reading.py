@@ -9,7 +9,7 @@ from dsjax.serving.bodies import REFUSED, ChatBody, CompletionBody, Message
 from dsjax.serving.job import parse
 from dsjax.serving.protocol import RequestError
 from dsjax.serving.reading import CHAT, COMPLETIONS
-from tests.serving.spoken import ids, make_served, tokenizer
+from tests.data.spoken import ids, make_served, tokenizer
 
 SERVED = make_served()
 SIZE = SERVED.vocab_size

@@ -30,9 +30,9 @@ from dsjax.inference.request import Request
 from dsjax.inference.speculation import Speculation
 from dsjax.serving.job import parse
 from dsjax.serving.reading import CHAT, COMPLETIONS
+from tests.data.spoken import TEXTS, ids
 from tests.serving.ports import DIRECT, Port, open_port, raw_post
 from tests.serving.real import engine, nothing_is_left, quiet_engine, served
-from tests.serving.spoken import TEXTS, ids
 
 pytestmark = pytest.mark.slow
 

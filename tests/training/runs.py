@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsjax.config import RunConfig
-from dsjax.config_files import load_run_config
+from dsjax.config import PretrainConfig
+from dsjax.config_files import load_pretrain_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,9 +63,9 @@ def overrides(corpus: Path, run_dir: Path, **changes: Any) -> list[str]:
     return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
 
 
-def config(corpus: Path, run_dir: Path, **changes: Any) -> RunConfig:
+def config(corpus: Path, run_dir: Path, **changes: Any) -> PretrainConfig:
     """The same as a configuration."""
-    return load_run_config("cpu-tiny", overrides(corpus, run_dir, **changes))
+    return load_pretrain_config("cpu-tiny", overrides(corpus, run_dir, **changes))
 
 
 def train_command(corpus: Path, run_dir: Path, **changes: Any) -> list[str]:

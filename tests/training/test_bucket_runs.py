@@ -9,7 +9,7 @@ from rich.console import Console
 
 import dsjax
 from dsjax.checkpoint.run_weights import read_run
-from dsjax.config import RunConfig
+from dsjax.config import PretrainConfig
 from dsjax.model.layers import variables
 from dsjax.places import as_path
 from dsjax.training.bucket_metrics import read_records
@@ -20,7 +20,7 @@ from tests.training.runs import config, write_corpus
 RUN = f"gs://{BUCKET}/run"
 
 
-def train(settings: RunConfig) -> None:
+def train(settings: PretrainConfig) -> None:
     pretrain(settings, Console(quiet=True))
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.config import RunConfig
-from dsjax.config_files import load_run_config
+from dsjax.config import PretrainConfig
+from dsjax.config_files import load_pretrain_config
 from dsjax.model.layers import RouterBias, tree_shardings, variables
 from dsjax.model.transformer import Transformer
 from dsjax.training.evaluate import score_rows
@@ -34,8 +34,8 @@ SETTINGS = [
     "training.loss_chunk=8",
     "training.balance_loss_weight=0.1",
 ]
-CONFIG = load_run_config("cpu-tiny", SETTINGS)
-DENSE = load_run_config("cpu-tiny", ["model=cpu-tiny-qwen3", *SETTINGS])
+CONFIG = load_pretrain_config("cpu-tiny", SETTINGS)
+DENSE = load_pretrain_config("cpu-tiny", ["model=cpu-tiny-qwen3", *SETTINGS])
 EXACT = 1e-5
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -75,7 +75,7 @@ def model() -> Transformer:
 class Run:
     """Gradients under one layout, compiled once."""
 
-    def __init__(self, layout: Layout | None, config: RunConfig = CONFIG) -> None:
+    def __init__(self, layout: Layout | None, config: PretrainConfig = CONFIG) -> None:
         self.layout = layout
         self.gradients = jax.jit(make_gradients(config))
 

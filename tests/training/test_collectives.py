@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsjax.config_files import load_run_config
+from dsjax.config_files import load_pretrain_config
 from dsjax.model.layers import tree_shardings, variable_axes, variables
 from dsjax.training.step import Batch, Knobs, init_state, make_train_step
 from sharding.expert_parallel import Room
@@ -25,7 +25,7 @@ from sharding.rules import Layout, use_layout
 
 # Sizes that differ from one another, so that a shape tells what it is of.
 LENGTH, ROWS = 48, 8
-CONFIG = load_run_config(
+CONFIG = load_pretrain_config(
     "cpu-tiny",
     [
         f"data.sequence_length={LENGTH}",

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import RunConfig
-from dsjax.config_files import load_run_config
+from dsjax.config import PretrainConfig
+from dsjax.config_files import load_pretrain_config
 from dsjax.model.layers import tree_shardings, variables
 from dsjax.training.step import Batch, init_state, make_gradients
 from sharding.mesh import make_mesh
@@ -20,8 +20,8 @@ from sharding.rules import Layout, use_layout
 LENGTH = 1024
 
 
-def run_config(length: int) -> RunConfig:
-    return load_run_config(
+def run_config(length: int) -> PretrainConfig:
+    return load_pretrain_config(
         "cpu-tiny",
         [
             f"data.sequence_length={length}",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.config_files import load_run_config
+from dsjax.config_files import load_pretrain_config
 from dsjax.model.layers import RouterBias, tree_shardings
 from dsjax.training.step import (
     Batch,
@@ -20,7 +20,7 @@ from dsjax.training.step import (
 from sharding.mesh import make_mesh
 from sharding.rules import Layout, use_layout
 
-CONFIG = load_run_config("cpu-tiny", ["data.sequence_length=16", "model.vocab_size=64",
+CONFIG = load_pretrain_config("cpu-tiny", ["data.sequence_length=16", "model.vocab_size=64",
                                       "training.loss_chunk=8"])  # fmt: skip
 KNOBS = Knobs(jnp.float32(1e-2), jnp.float32(0.3), jnp.float32(0.01))
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import tokenizers
 
+from dsjax.data.chat_template import ChatTemplate
 from dsjax.data.tokenizer import BOS, EOS, Tokenizer, train_tokenizer
 from dsjax.inference.request import FinishReason, Request, TokenLogprob, Update
-from dsjax.serving.chat_template import ChatTemplate
 from dsjax.serving.job import Job
 from dsjax.serving.protocol import Served
 

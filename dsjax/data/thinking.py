@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from dsjax.data.text import TextStream
 from dsjax.data.tokenizer import Tokenizer
-from dsjax.serving.text import TextStream
 
 Field = Literal["text", "content", "reasoning_content"]
 """Where text belongs in a response; `text` is a completion's, which is not told apart."""

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from dsjax.data import chat_template as module
+from dsjax.data.chat_template import ChatTemplate, TemplateError
 from dsjax.data.tokenizer import BOS, EOS, load_tokenizer
 from dsjax.errors import UserError
-from dsjax.serving import chat_template as module
-from dsjax.serving.chat_template import ChatTemplate, TemplateError
-from tests.serving.spoken import ids, template, tokenizer
+from tests.data.spoken import ids, template, tokenizer
 
 START, END, USER, ASSISTANT = ids("<think></think><｜User｜><｜Assistant｜>")
 

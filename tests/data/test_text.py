@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from dsjax.data.text import StopMatcher, TextStream, encode_with_added_tokens
 from dsjax.data.tokenizer import BOS, EOS
-from dsjax.serving.text import StopMatcher, TextStream, encode_with_added_tokens
-from tests.serving.spoken import byte_ids, ids, tokenizer
+from tests.data.spoken import byte_ids, ids, tokenizer
 
 MIXED = "naïve 中文字 😀 hello e\u0301 🇩🇪 \U0010ffff\n"
 

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -15,9 +16,10 @@ import jinja2
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dsjax.data.text import encode_with_added_tokens
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.errors import UserError, one_line
-from dsjax.serving.text import encode_with_added_tokens
+from dsjax.small_files import MAX_JSON_BYTES, read_json_if_there, read_small
 
 MAX_STEPS = 2_000_000
 """Lines of Python that one rendering may run: some 200 for a message of DeepSeek's template."""
@@ -232,3 +234,40 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 def _short(error: Exception) -> str:
     return one_line(error)[:200] or type(error).__name__
+
+
+def read_chat_template(home: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template in a tokenizer's folder, None where there is none.
+
+    It is chat_template.jinja, chat_template.json, or what tokenizer_config.json has, in this order,
+    as in `transformers`.
+
+    Raises:
+        UserError: it is no template, or one that takes no messages.
+    """
+    file = home / "chat_template.jinja"
+    source = _read_text(file) if file.is_file() else None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        source = source or read_json_if_there(home / name).get("chat_template")
+    if isinstance(source, list):  # several, by name
+        named = (item for item in source if isinstance(item, dict))
+        source = next((i.get("template", i) for i in named if i.get("name") == "default"), None)
+    if not source:
+        return None
+    if not isinstance(source, str):
+        raise UserError(f"{home}: chat_template is no text")
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    names = {key: "" if i is None else tokenizer.decode([i]) for key, i in ids.items()}
+    try:
+        template = ChatTemplate(source, tokenizer, names)
+        template.check()
+    except UserError as error:
+        raise UserError(f"{home}: {error}") from None
+    return template
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_small(path, MAX_JSON_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dsjax.serving.text import TextStream
-from dsjax.serving.thinking import ThoughtfulSpeech, opens_thought
-from tests.serving.spoken import ids, tokenizer
+from dsjax.data.text import TextStream
+from dsjax.data.thinking import ThoughtfulSpeech, opens_thought
+from tests.data.spoken import ids, tokenizer
 
 START, END = ids("<think></think>")
 
