@@ -235,14 +235,22 @@ and top-p 0.95, without a system prompt; the thought is left out, and the final 
 pass@1 is the mean over all answers, cons@k the majority's, both with intervals over questions.
 
 Tasks that need no data: arithmetic-easy, arithmetic-medium, arithmetic-hard, backwards, countdown,
-letters, puzzles. Tasks with the path of a published data set, as NAME=PATH: aime, gpqa, mmlu,
-mmlu-pro. docs/evaluation.md says which files they read."""
+letters, puzzles; and of reasoning-gym, with the extra `gym`, gym-base_conversion,
+gym-calendar_arithmetic, gym-countdown, gym-course_schedule, gym-family_relationships,
+gym-leg_counting, gym-maze, gym-rotten_oranges, gym-spiral_matrix, gym-syllogism.
+
+Tasks with the path of a published data set, as NAME=PATH: aime, gpqa, mmlu, mmlu-pro.
+docs/evaluation.md says which files they read.
+
+harness:NAME is a task of lm-evaluation-harness, by its own rules: nothing of how answers are drawn
+here applies to it."""
 
 EVAL_EXAMPLES = """\
 examples:
   dsjax eval runs/demo --tasks arithmetic-easy letters
   dsjax eval DeepSeek-R1-Distill-Qwen-7B --tasks aime=aime24.jsonl --k 64
   dsjax eval DeepSeek-R1 --tasks gpqa=gpqa_diamond.csv --k 64 --mesh expert=8 --rows 64
+  dsjax eval runs/demo --tasks harness:my_task --include tasks/
 
 Answers are kept in OUTPUT/answers.jsonl as they come: stopped or killed, the same command goes on,
 and with a larger --k it draws only what is new. Results: OUTPUT/results.json and results.png.
@@ -291,6 +299,13 @@ def _add_eval(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument("--mesh", type=mesh_sizes, metavar="AXIS=N,...",
                       help="spread the model over all devices, such as expert=4,tensor=2 (one "
                       "device)")  # fmt: skip
+    harness = verb.add_argument_group("tasks of lm-evaluation-harness")
+    harness.add_argument("--include", type=Path, metavar="FOLDER",
+                         help="where more of its tasks are, as YAML")  # fmt: skip
+    harness.add_argument("--few-shot", type=int, metavar="N",
+                         help="examples before each question (what the task says)")  # fmt: skip
+    harness.add_argument("--chat", action="store_true",
+                         help="put questions into the checkpoint's chat template")  # fmt: skip
     verb.set_defaults(verb=_eval)
 
 
@@ -299,15 +314,22 @@ def _eval(
     tasks: list[str],
     limit: int | None,
     output: Path | None,
-    rows: int,
-    context: int | None,
-    dtype: str | None,
-    mesh: dict[str, int] | None,
-    **drawing: Any,
+    include: Path | None,
+    few_shot: int | None,
+    chat: bool,
+    **options: Any,
 ) -> None:
     from dsjax.evaluation.run import run_eval
+    from dsjax.evaluation.run_harness import run_harness
     from dsjax.evaluation.settings import Room, Settings
+    from dsjax.evaluation.tasks import split_tasks
 
-    settings, room = Settings(**drawing), Room(rows, context, dtype, mesh)
+    room = Room(**{name: options.pop(name) for name in ("rows", "context", "dtype", "mesh")})
+    settings = Settings(**options)
+    own, theirs = split_tasks(tasks)
     output = output or Path("evaluations") / checkpoint.resolve().name
-    run_eval(checkpoint, tasks, settings, room, limit=limit, output=output)
+    if theirs:
+        run_harness(checkpoint, theirs, room, limit=limit, output=output, include=include,
+                    few_shot=few_shot, chat=chat)  # fmt: skip
+    else:
+        run_eval(checkpoint, own, settings, room, limit=limit, output=output)

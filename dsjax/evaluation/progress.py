@@ -16,6 +16,8 @@ class EvaluationProgress(Display):
         super().__init__(total, done, console)
         self._start: tuple[float, int, int] | None = None
         self._last_line = time.monotonic()
+        self.tokens_per_second = 0.0
+        """From the first tokens on: what was compiled before them does not count."""
 
     def update(self, done: int, tokens: int) -> None:
         """Show that `done` samples are there, and `tokens` made since the beginning."""
@@ -26,8 +28,8 @@ class EvaluationProgress(Display):
             self._start = now, done, tokens  # the first program is compiled
         began, done_before, tokens_before = self._start
         seconds = max(now - began, 1e-9)
-        speed = (tokens - tokens_before) / seconds
-        text = f"{done:,} of {self._total:,} samples  {speed:,.0f} tokens/s"
+        self.tokens_per_second = (tokens - tokens_before) / seconds
+        text = f"{done:,} of {self._total:,} samples  {self.tokens_per_second:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._task, completed=done, text=text)
         elif now - self._last_line >= PLAIN_SECONDS:

@@ -68,7 +68,7 @@ def draw_results(
     grades: Mapping[str, Sequence[Sequence[Grade]]],
 ) -> None:
     """Draw results.png: scores with their intervals, and how long right and wrong answers are."""
-    figure = Figure(figsize=(11, 2 + 0.5 * len(scores)), layout="constrained", dpi=130)
+    figure = Figure(figsize=(11, 1.6 + 0.45 * len(scores)), layout="constrained", dpi=130)
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
     left, right = figure.subplots(1, 2, sharey=True)
     names = list(scores)
@@ -79,26 +79,25 @@ def draw_results(
     for axes in (left, right):
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     write_whole(path, drawn.getvalue())
 
 
 def _scores(axes: Axes, scores: Sequence[TaskScore]) -> None:
-    places = range(len(scores))
     ones = [score.pass_at_1 for score in scores]
-    axes.barh(places, [100 * one.value for one in ones], height=0.55, color=ACCENT, alpha=0.85)
-    for place, one in zip(places, ones, strict=True):
+    axes.barh(range(len(scores)), [100 * one.value for one in ones], height=0.5, color=ACCENT)
+    for place, one in enumerate(ones):
         axes.plot([100 * one.low, 100 * one.high], [place, place], color=INK, lw=1.2)
-    handles = [axes.plot([], [], color=INK, lw=1.2, label="95% interval")[0]]
+    axes.plot([], [], color=INK, lw=1.2, label="95% interval")
     voted = [(n, s.cons_at_k.value) for n, s in enumerate(scores) if s.cons_at_k is not None]
     if voted and scores[0].k > 1:
-        handles += axes.plot([100 * value for _, value in voted], [n for n, _ in voted], "D",
-                             ms=5, color=SECOND, label=f"cons@{scores[0].k}")  # fmt: skip
+        places, values = zip(*voted, strict=True)
+        axes.plot([100 * value for value in values], places, "D", ms=5, color=SECOND, clip_on=False,
+                  label=f"cons@{scores[0].k}")  # fmt: skip
     axes.set_xlim(0, 100)
     axes.set_title("pass@1, percent", fontsize=9, color=INK, loc="left")
-    figure = axes.figure
-    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside upper right", ncols=2)
 
 
 def _lengths(axes: Axes, grades: Sequence[Sequence[Grade]]) -> None:
@@ -112,5 +111,4 @@ def _lengths(axes: Axes, grades: Sequence[Sequence[Grade]]) -> None:
                 axes.plot(middle, place + offset, "o", ms=4, color=color)
         axes.plot([], [], "o-", ms=4, color=color, label="right" if correct else "wrong")
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize=8)
     axes.set_title("tokens of an answer: median and middle half", fontsize=9, color=INK, loc="left")

@@ -162,6 +162,7 @@ def _complete(
             progress.update(before + journal.written, tokens)
             if asked.received is not None:
                 break
+    _say(console, f"drawn at {progress.tokens_per_second:,.0f} tokens/s")
     if asked.received is not None and before + journal.written < len(samples):
         _say(console, "stopped; what was drawn is kept, and the same command goes on")
         sys.exit(128 + asked.received)

@@ -12,6 +12,7 @@ from dsjax.errors import UserError
 from dsjax.evaluation import tasks_files, tasks_made
 from dsjax.evaluation.puzzles import puzzles
 from dsjax.evaluation.task import Task
+from dsjax.evaluation.tasks_gym import GYM, gym
 
 HARNESS = "harness:"
 """Begins the name of a task of lm-evaluation-harness."""
@@ -24,8 +25,9 @@ MADE: dict[str, Callable[[], Task]] = {
     "countdown": tasks_made.countdown,
     "letters": tasks_made.letters,
     "puzzles": puzzles,
+    **{f"gym-{name}": partial(gym, name) for name in GYM},
 }
-"""Tasks that need no data."""
+"""Tasks that need no data; those of gym need reasoning-gym."""
 
 READ: dict[str, Callable[[Path], Task]] = {
     "aime": tasks_files.aime,
@@ -34,6 +36,22 @@ READ: dict[str, Callable[[Path], Task]] = {
     "mmlu-pro": tasks_files.mmlu_pro,
 }
 """Tasks of a data set, given as NAME=PATH."""
+
+
+def split_tasks(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of our own tasks, and those of lm-evaluation-harness without what they begin with.
+
+    Raises:
+        UserError: there are both: they are asked by different rules, and in different calls.
+    """
+    theirs = [name.removeprefix(HARNESS) for name in names if name.startswith(HARNESS)]
+    own = [name for name in names if not name.startswith(HARNESS)]
+    if own and theirs:
+        raise UserError(
+            f"--tasks names {own[0]} and {HARNESS}{theirs[0]}; evaluate those of "
+            "lm-evaluation-harness in a call of their own"
+        )
+    return own, theirs
 
 
 def open_tasks(names: Sequence[str], limit: int | None) -> list[Task]:

@@ -8,6 +8,7 @@ names as its source (arXiv:2501.12948, section 3).
 from __future__ import annotations
 
 import random
+import re
 import string
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -56,6 +57,9 @@ def mmlu_pro(path: Path) -> Task:
     return Task("mmlu-pro", _questions(path, _mmlu_pro), is_answer, letter("ABCDEFGHIJ"))
 
 
+_AIME_ANSWER = re.compile(r"(\d{1,3})(?:\.0)?(?:\^\{?\\circ\}?|°)?")
+"""One of 2025's is an angle, and written as such in some copies."""
+
 Parsed = tuple[str | None, str, dict[str, Any]]
 """An id if the data set has one, the prompt, the example."""
 
@@ -90,10 +94,11 @@ def make_questions(
 
 
 def _integer_problem(row: Row) -> Parsed:
-    text = str(column(row, "answer"))
-    answer = number(text)
-    if answer is None or not answer.isdigit():
+    text = str(column(row, "answer")).strip()
+    found = _AIME_ANSWER.fullmatch(text)
+    if found is None:
         raise UserError(f"answer is {text[:40]!r}; expected an integer from 0 to 999")
+    answer = str(int(found[1]))
     return None, f"{column(row, 'problem', 'question')}\n\n{BOXED}", {"answer": answer}
 
 

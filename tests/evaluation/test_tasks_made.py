@@ -10,13 +10,15 @@ from dsjax.evaluation.puzzles import PUZZLES
 from dsjax.evaluation.tasks import MADE, open_tasks
 from dsjax.evaluation.tasks_made import reaches_target
 
+OWN = [name for name in MADE if name != "countdown" and not name.startswith("gym-")]
+
 
 def judge(task, question, text) -> bool:
     vote = task.vote(text)
     return vote is not None and task.check(vote, question.example)
 
 
-@pytest.mark.parametrize("name", sorted(set(MADE) - {"countdown"}))
+@pytest.mark.parametrize("name", OWN)
 def test_the_answer_counts_and_another_does_not(name):
     [task] = open_tasks([name], None)
     assert task.name == name and len(task.questions) >= 20
@@ -46,7 +48,7 @@ def test_strawberry_has_three():
 
 
 def test_questions_are_the_same_every_time():
-    first, second = (open_tasks(sorted(MADE), None) for _ in range(2))
+    first, second = (open_tasks([*OWN, "countdown"], None) for _ in range(2))
     assert [t.questions for t in first] == [t.questions for t in second]
     digests = [question.digest for task in first for question in task.questions]
     assert len(set(digests)) == len(digests)
