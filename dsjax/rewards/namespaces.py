@@ -93,7 +93,7 @@ def _fail(step: str) -> NoReturn:
 
 def unshare(network: bool) -> None:
     """Leave all namespaces for new ones; a child is the first of a new family of processes."""
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and Path("/proc/self/setgroups").read_text() == "allow\n":
         os.setgroups([])
     flags = sum(_CLONE_NEW[name] for name in _CLONE_NEW if not (network and name == "net"))
     _call("unshare", flags)
@@ -101,12 +101,15 @@ def unshare(network: bool) -> None:
 
 def map_user(pid: int) -> None:
     """Say, from outside, who the user INSIDE of process `pid` is: somebody who owns nothing."""
-    root = os.geteuid() == 0
-    user, group = (NOBODY, NOBODY) if root else (os.geteuid(), os.getegid())
     process = Path("/proc") / str(pid)
     (process / "setgroups").write_text("deny")
-    (process / "uid_map").write_text(f"{INSIDE} {user} 1")
-    (process / "gid_map").write_text(f"{INSIDE} {group} 1")
+    for file, ourselves in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
+        maps = Path(f"/proc/self/{file}").read_text().splitlines()
+        known = any(
+            int(first) <= NOBODY < int(first) + int(n) for first, _, n in map(str.split, maps)
+        )
+        outside = NOBODY if os.geteuid() == 0 and known else ourselves
+        (process / file).write_text(f"{INSIDE} {outside} 1")
 
 
 def become_nobody() -> None:
