@@ -235,11 +235,13 @@ and top-p 0.95, without a system prompt; the thought is left out, and the final 
 pass@1 is the mean over all answers, cons@k the majority's, both with intervals over questions.
 
 Tasks that need no data: arithmetic-easy, arithmetic-medium, arithmetic-hard, backwards, countdown,
-letters, puzzles; and of reasoning-gym, with the extra `gym`, gym-base_conversion,
-gym-calendar_arithmetic, gym-countdown, gym-course_schedule, gym-family_relationships,
-gym-leg_counting, gym-maze, gym-rotten_oranges, gym-spiral_matrix, gym-syllogism.
+letters, puzzles; with the extra `eval` humaneval; with the extra `gym`, of reasoning-gym,
+gym-base_conversion, gym-calendar_arithmetic, gym-countdown, gym-course_schedule,
+gym-family_relationships, gym-leg_counting, gym-maze, gym-rotten_oranges, gym-spiral_matrix,
+gym-syllogism.
 
-Tasks with the path of a published data set, as NAME=PATH: aime, gpqa, mmlu, mmlu-pro.
+Tasks with the path of a published data set, as NAME=PATH: aime, gpqa, livecodebench, math500, mmlu,
+mmlu-pro. Code and formulas are verified in jails, which need Linux, and the extra `post`.
 docs/evaluation.md says which files they read.
 
 harness:NAME is a task of lm-evaluation-harness, by its own rules: nothing of how answers are drawn

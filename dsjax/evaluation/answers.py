@@ -1,28 +1,14 @@
-"""What a model's text says in the end: without its thought, as one value that can be compared."""
+"""The final answer in a text without a thought, as one value that can be compared."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
 
-THINK, END = "<think>", "</think>"
-
 _NUMBER = re.compile(r"(?:(?<![\d)])[+-])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _LETTER = re.compile(r"(?<![A-Za-z])\(?([A-Z])\)?(?![A-Za-z])")
 _ANSWER = re.compile(r"(?i:\banswer\b)(?:\s+is)?\s*[:=]?\s*(.*)")
 _MARKS = str.maketrans("", "", "*$`")
-
-
-def without_thought(prompt: str, text: str) -> str | None:
-    """What follows the thought, None where a thought was begun and never ended.
-
-    >>> without_thought("2 + 2?<think>\\n", "four</think>\\n\\n4")
-    '4'
-    """
-    if END in text:
-        return text.rsplit(END, 1)[1].strip()
-    opened = prompt.rstrip().endswith(THINK) or text.lstrip().startswith(THINK)
-    return None if opened else text.strip()
 
 
 def boxed(text: str) -> str | None:

@@ -40,6 +40,7 @@ class Journal:
         self.records: dict[Key, dict[str, Any]] = {}
         self.written = 0
         """Of the records, those of this process."""
+        self.settings = dict(settings)
         self._path = path
         try:
             self._file = path.open("a+b")

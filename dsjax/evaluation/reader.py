@@ -16,8 +16,8 @@ from dsjax.data.chat_template import ChatTemplate, TemplateError, read_chat_temp
 from dsjax.data.text import encode_with_added_tokens
 from dsjax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from dsjax.errors import UserError
-from dsjax.evaluation.answers import END, THINK
 from dsjax.inference.request import MAX_STOP_TOKENS
+from dsjax.rewards.answer import CLOSED, OPENED
 from dsjax.small_files import read_json_if_there
 
 
@@ -57,7 +57,7 @@ class Reader:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, think tags spelled out and other special tokens left out."""
-        tags = {self.tokenizer.added_tokens.get(tag) for tag in (THINK, END)}
+        tags = {self.tokenizer.added_tokens.get(tag) for tag in (OPENED, CLOSED)}
         hidden = self.tokenizer.special_ids - tags
         return self.tokenizer.decode([token for token in tokens if token not in hidden])
 

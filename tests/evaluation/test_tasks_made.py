@@ -10,7 +10,7 @@ from dsjax.evaluation.puzzles import PUZZLES
 from dsjax.evaluation.tasks import MADE, open_tasks
 from dsjax.evaluation.tasks_made import reaches_target
 
-OWN = [name for name in MADE if name != "countdown" and not name.startswith("gym-")]
+OWN = [n for n in MADE if n not in ("countdown", "humaneval") and not n.startswith("gym-")]
 
 
 def judge(task, question, text) -> bool:
