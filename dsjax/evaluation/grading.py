@@ -20,8 +20,23 @@ from dsjax.evaluation.task import Task
 from dsjax.rewards.answer import Answer, final_answer
 from dsjax.rewards.score import Scorer
 
+REWARDS = {"math": MathReward, "code": CodeReward}
+
 AT_ONCE = 256
 """Answers that are verified before what they are worth is written down."""
+
+
+def check_verifiers(tasks: Sequence[Task]) -> None:
+    """See that what the tasks are judged by works here, before hours are spent on answers.
+
+    Raises:
+        UserError: a package is missing, nothing isolates, or a question lacks what is needed.
+    """
+    for task in tasks:
+        if not callable(task.check):
+            with Scorer([REWARDS[task.check]()], workers=1) as scorer:
+                for question in task.questions:
+                    scorer.check(question.example, f"{task.name}: question {question.id!r}")
 
 
 def grade(
@@ -50,7 +65,7 @@ def grade(
             key: vote is not None and check(vote, read[key].example) for key, vote in votes.items()
         }
     else:
-        reward = {"math": MathReward, "code": CodeReward}[check]()
+        reward = REWARDS[check]()
         said = _verify(reward, read, answers, verdicts)
         right = {key: record["correct"] for key, record in said.items()}
         failures.update(record["reason"] for record in said.values() if record["reason"])

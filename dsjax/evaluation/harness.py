@@ -76,6 +76,10 @@ class HarnessModel(TemplateLM):
     ):
         super().__init__()
         reader = read_checkpoint(as_path(path))
+        if not reader.tokenizer.byte_level:
+            raise UserError(
+                f"{path}: the tokenizer is not byte-level; stop strings need one that is"
+            )
         if add_bos_token is not None:
             reader = dataclasses.replace(reader, add_bos=add_bos_token)
         limit = reader.config.max_position_embeddings - 2

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from dsjax.errors import UserError
-from dsjax.evaluation.grading import grade
+from dsjax.evaluation.grading import check_verifiers, grade
 from dsjax.evaluation.journal import Journal
 from dsjax.evaluation.progress import EvaluationProgress
 from dsjax.evaluation.protocol import Sample, draw, plan
@@ -52,6 +52,7 @@ def run_eval(
     tasks = open_tasks(names, limit)
     context = _context(reader, room)
     samples = plan(tasks, reader, settings, context)
+    check_verifiers(tasks)
     output = local_path(output, "--output")
     output.mkdir(parents=True, exist_ok=True)
     drawn_with = {
@@ -72,12 +73,6 @@ def run_eval(
     shortened = sum(sample.max_tokens < settings.max_tokens for sample in samples)
     about = {"settings": {**drawn_with, "k": settings.k, "limit": limit}, "shortened": shortened}
     _report(output, about, graded, console)
-    if shortened:
-        _say(
-            console,
-            f"{shortened:,} of {len(samples):,} samples had less than {settings.max_tokens:,} "
-            f"tokens: the context is {context:,}",
-        )
 
 
 def _report(
@@ -101,6 +96,12 @@ def _report(
     )
     draw_results(output / "results.png", title, scores, grades)
     print_table(console, scores)
+    if about["shortened"]:
+        _say(
+            console,
+            f"{about['shortened']:,} samples had less than {drawn_with['max_tokens']:,} tokens: "
+            f"the context is {drawn_with['context']:,}",
+        )
     _say(console, f"{output / 'results.json'}, and results.png beside it")
 
 

@@ -107,7 +107,7 @@ def test_code_is_run_and_what_was_verified_is_kept(run, tmp_path, monkeypatch):
     says = ["```python\ndef add(a, b):\n    return a + b\n```"]
     first = run(f"humaneval={path}", says)
     assert first["pass@1"]["value"] == 1 and first["cons@k"] is None
-    monkeypatch.setattr(grading, "Scorer", None)  # nothing is verified twice
+    monkeypatch.setattr(grading.Scorer, "score", None)  # nothing is verified twice
     assert run(f"humaneval={path}", says) == first
 
 
@@ -131,6 +131,17 @@ def test_livecodebench_is_read_as_it_is_published(tmp_path, monkeypatch):
     ]
     assert PROGRAM in program.prompt and FUNCTION in function.prompt and STARTER in function.prompt
     assert "Solution().add(1, 2)" in function.example["tests"][0]
+
+
+def test_what_verifies_is_tried_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise UserError("the reward 'code': this machine refuses isolation")
+
+    monkeypatch.setattr(grading, "Scorer", refuse)
+    path = write_jsonl(tmp_path / "HumanEval.jsonl", FUNCTIONS)
+    with pytest.raises(UserError, match="refuses isolation"):
+        run(f"humaneval={path}", ["x"])
+    assert not (tmp_path / "out").exists()
 
 
 class Hostile:

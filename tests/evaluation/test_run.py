@@ -1,7 +1,9 @@
 """An evaluation is the same whatever happens to it: kills, another order, more samples later."""
 
 import json
+import os
 import random
+import signal
 
 import pytest
 
@@ -58,6 +60,26 @@ def test_killed_at_random_it_ends_as_if_it_had_not(run):
     assert kills > 20 and drawn < 20 * 30 + kills * 12  # finished ones are not drawn again
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_it_and_it_goes_on(run, capsys, number, code):
+    whole = answers(run(ScriptedEngine(), "whole"))
+    engine = ScriptedEngine()
+    step, steps = engine.step, iter(range(99))
+
+    def signalled():
+        if next(steps) == 12:
+            os.kill(os.getpid(), number)
+        return step()
+
+    engine.step = signalled
+    with pytest.raises(SystemExit) as stopped:
+        run(engine)
+    assert stopped.value.code == code and "the same command goes on" in capsys.readouterr().out
+    again = ScriptedEngine()
+    assert answers(run(again)) == whole
+    assert 0 < len(again.submitted) < len(whole)
+
+
 def test_a_second_call_draws_nothing(run, monkeypatch):
     run(ScriptedEngine())
     again = ScriptedEngine()
@@ -112,9 +134,7 @@ def test_an_answer_that_is_cut_off_says_so(run):
 def test_a_limit_beyond_the_context_is_said(run, capsys):
     folder = run(ScriptedEngine(), max_tokens=32_768)
     assert results(folder)["shortened"] == 30
-    assert "30 of 30 samples had less than 32,768 tokens: the context is 256" in (
-        capsys.readouterr().out
-    )
+    assert "30 samples had less than 32,768 tokens: the context is 256" in (capsys.readouterr().out)
 
 
 def test_the_picture_and_the_table_are_there(run, capsys):
