@@ -38,7 +38,13 @@ FLOORS = {
 """Each room's floor. A room imports from floors below its own, and from itself."""
 
 ROOM_OF = dict.fromkeys(
-    ("dsjax.architecture", "dsjax.config_files", "dsjax.places", "dsjax.small_files"),
+    (
+        "dsjax.architecture",
+        "dsjax.config_files",
+        "dsjax.config_rewards",
+        "dsjax.places",
+        "dsjax.small_files",
+    ),
     "dsjax.config",
 )
 """Files of floor 0 that make one room with config.py."""

@@ -1,0 +1,1 @@
+"""What an answer is worth, and the sandbox in which verifiers meet a model's text."""

@@ -1,0 +1,64 @@
+"""An answer as a reward sees it, and where in it the thought ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+OPENED, CLOSED = "<think>", "</think>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer of a model to one prompt, and the task that it answers."""
+
+    prompt: str
+    """As the model read it, template applied; it may end in an opened <think>."""
+    text: str
+    """What the model wrote; thought's tags are text in it."""
+    tokens: int
+    """The length of `text` in tokens."""
+    truncated: bool
+    """It ran into its limit of tokens: it has no end."""
+    example: Mapping[str, Any]
+    """The prompt file's line: "answer", "tests", "choices", "language", whatever the task has."""
+
+
+def begins_in_thought(prompt: str) -> bool:
+    """Whether the prompt opened a thought that the model goes on with."""
+    return prompt.rstrip().endswith(OPENED)
+
+
+def final_answer(answer: Answer) -> str | None:
+    """The text after the thought, stripped; None where there is no answer.
+
+    That is what follows the last </think>; all of the text where no thought was opened; of it, what
+    stands inside the last <answer> and </answer>, if they do. A thought that does not end has no
+    answer, and neither has a text that ran into its limit.
+    """
+    if answer.truncated:
+        return None
+    _, closed, text = answer.text.rpartition(CLOSED)
+    if OPENED in text or (not closed and begins_in_thought(answer.prompt)):
+        return None
+    marked = text.rpartition("</answer>")[0].rpartition("<answer>")
+    return (marked[2] if marked[1] else text).strip()
+
+
+def python_block(text: str) -> str | None:
+    """The last fenced block that is called Python, or else the last that is called nothing."""
+    found: dict[bool, str] = {}
+    block: list[str] = []
+    name: str | None = None  # of the block that is open
+    for line in text.splitlines(keepends=True):
+        fence = line.lstrip().startswith("```")
+        if fence and name is None:
+            name, block = line.strip().lstrip("`").strip().lower(), []
+        elif fence:
+            if name in ("python", "python3", "py", ""):
+                found[bool(name)] = "".join(block)
+            name = None
+        else:
+            block.append(line)
+    return found.get(True, found.get(False))

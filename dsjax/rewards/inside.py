@@ -1,0 +1,85 @@
+"""What is done inside a jail: run a program, compare mathematics, call the user's own function."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import json
+import math
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+from dsjax.rewards.answer import Answer
+
+UNREADABLE = b"?"
+"""Said of a gold answer in which math-verify finds no mathematics."""
+
+
+def run_program(code: str, stdin: str, output: int) -> None:
+    """Run Python source as a program, with `stdin` to read and `output` to write to.
+
+    It knows nothing of what is expected of it: that is compared elsewhere.
+    """
+    with open("stdin", "w", encoding="utf-8", errors="replace", newline="") as file:
+        file.write(stdin)
+    os.dup2(os.open("stdin", os.O_RDONLY), 0)
+    os.unlink("stdin")
+    os.dup2(output, 1)
+    os.close(output)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8")
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), encoding="utf-8", errors="replace")
+    os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
+    try:
+        load_program(code, "__main__")
+    finally:
+        # What the interpreter does when a program ends.
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+
+
+def load_program(code: str, name: str) -> dict[str, Any]:
+    """Execute source as the module `name`; returns its names."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    sys.argv = ["answer.py"]
+    exec(compile(code, "answer.py", "exec", dont_inherit=True), module.__dict__)
+    return module.__dict__
+
+
+def compare_mathematics(gold: str, text: str, output: int) -> None:
+    """Write 1 where math-verify finds in `text` what `gold` says, else 0, or UNREADABLE.
+
+    Its own time limits are off: they need a main thread's signals, and the jail has better ones.
+    """
+    from math_verify import parse, verify
+
+    marked = any(mark in gold for mark in ("$", r"\boxed", r"\(", r"\["))
+    expected = parse(gold if marked else f"${gold}$", parsing_timeout=0)
+    if not expected:
+        os.write(output, UNREADABLE)
+        return
+    found = parse(text, parsing_timeout=0)
+    same = verify(expected, found, timeout_seconds=0)
+    os.write(output, b"1" if same else b"0")
+
+
+def call_function(function: Callable[..., Any], answers: list[Answer], output: int) -> None:
+    """Write the values of the user's function as JSON, or what it did wrong as {"wrong": ...}."""
+    said: Any
+    try:
+        said = [float(value) for value in function(answers)]
+        if len(said) != len(answers):
+            said = {"wrong": f"returned {len(said)} values for {len(answers)} answers"}
+        elif not all(map(math.isfinite, said)):
+            said = {"wrong": "returned a value that is no number"}
+    except MemoryError:
+        raise
+    except Exception as error:
+        said = {"wrong": f"raised {type(error).__name__}: {error}"}
+    with os.fdopen(output, "w", encoding="utf-8") as file:
+        json.dump(said, file)

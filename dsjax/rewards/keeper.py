@@ -1,0 +1,151 @@
+"""The keeper: `python -m dsjax.rewards.keeper FD KIND`, a process that forks a jail for every job.
+
+It is started afresh, since a process that has jax in it has threads, and must not fork. It imports
+what its kind of work needs once, and a fork has it at once: sympy alone takes two seconds. It meets
+no text of a model itself, but hands it on.
+
+What a keeper has read its jails can find in their memory. So those of code are never told what is
+expected: outputs are compared elsewhere, and tests have keepers of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsjax.rewards import inside, jail, namespaces, remote
+from dsjax.rewards.answer import Answer
+from dsjax.rewards.jail import Jail, Outcome
+from dsjax.rewards.namespaces import Limits, View
+
+Job = dict[str, Any]
+"""`limits`, what the kind of work takes, and `channel` where a descriptor comes along."""
+
+Work = Callable[[int], None]
+"""Done inside a jail; it writes to the descriptor that it is given."""
+
+MATH, CODE, TESTS, PYTHON = "math", "code", "tests", "python"
+
+_LENGTH = struct.Struct("=Q")
+
+
+def send(line: socket.socket, data: bytes, channel: socket.socket | None = None) -> None:
+    """Send a message, and after it a descriptor."""
+    line.sendall(_LENGTH.pack(len(data)) + data)
+    if channel is not None:
+        socket.send_fds(line, [b"c"], [channel.fileno()])
+
+
+def receive(line: socket.socket) -> bytes:
+    """The next message.
+
+    Raises:
+        EOFError: there is none, or not all of one.
+    """
+    (length,) = _LENGTH.unpack(_exactly(line, _LENGTH.size))
+    return _exactly(line, length)
+
+
+def _exactly(line: socket.socket, length: int) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        part = line.recv(min(length - len(data), 1 << 20))
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
+
+
+def main(descriptor: str, kind: str, *arguments: str) -> None:
+    """Get ready, try a jail, say how that went, and do jobs until there are no more."""
+    line = socket.socket(fileno=int(descriptor))
+    try:
+        work_of, view = _KINDS[kind](*arguments)
+    except Exception as error:
+        said = Outcome(jail.CRASH, f"{type(error).__name__}: {error}".encode())
+        return send(line, said.packed())
+    gc.freeze()  # what is there stays: a child need not copy it to count it
+    send(line, Jail(lambda _: None, Limits(10, 1 << 28), view).wait().packed())
+    with contextlib.suppress(EOFError):
+        while True:
+            job = json.loads(receive(line))
+            kept: list[int] = []
+            if job.get("channel"):
+                kept = socket.recv_fds(line, 1, 1)[1]
+            begun = Jail(work_of(job, *kept), Limits(**job["limits"]), view, kept)
+            for channel in kept:
+                os.close(channel)
+            send(line, begun.wait().packed())
+
+
+def _code() -> tuple[Callable[..., Work], View]:
+    def work_of(job: Job, channel: int | None = None) -> Work:
+        if channel is None:
+            return partial(inside.run_program, job["code"], job["stdin"])
+        return lambda _: remote.serve(job["code"], socket.socket(fileno=channel))
+
+    return work_of, namespaces.standard_library()
+
+
+def _tests() -> tuple[Callable[..., Work], View]:
+    def work_of(job: Job, channel: int) -> Work:
+        return lambda output: remote.check(
+            job["tests"], job["entry_point"], socket.socket(fileno=channel), output
+        )
+
+    return work_of, namespaces.standard_library()
+
+
+def _mathematics() -> tuple[Callable[..., Work], View]:
+    # The first comparisons fill caches that every later one begins with.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.redirect_stderr(None):
+        for gold, text in (("1/2", r"\boxed{\frac{2}{4}}"), ("x^2+1", "$x = (1, 2)$")):
+            inside.compare_mathematics(gold, text, nowhere)
+    os.close(nowhere)
+
+    def work_of(job: Job) -> Work:
+        return partial(inside.compare_mathematics, job["gold"], job["text"])
+
+    return work_of, namespaces.installed_packages()
+
+
+def _user_function(path: str, name: str, network: str) -> tuple[Callable[..., Work], View]:
+    folder = str(Path(path).resolve().parent)
+    sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location("dsjax_user_reward", path)
+    if spec is None or spec.loader is None:
+        raise ImportError("its name does not end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        raise AttributeError(f"it has no function {name!r}")
+
+    def work_of(job: Job) -> Work:
+        answers = [Answer(**answer) for answer in job["answers"]]
+        return partial(inside.call_function, function, answers)
+
+    return work_of, namespaces.installed_packages(folder, network=network == "network")
+
+
+_KINDS: dict[str, Callable[..., tuple[Callable[..., Work], View]]] = {
+    MATH: _mathematics,
+    CODE: _code,
+    TESTS: _tests,
+    PYTHON: _user_function,
+}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

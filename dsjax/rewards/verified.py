@@ -1,0 +1,165 @@
+"""Rewards whose verifiers evaluate or run what the model wrote: each time in a jail of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsjax.config_rewards import CodeReward, MathReward, PythonReward
+from dsjax.errors import UserError
+from dsjax.rewards import jail
+from dsjax.rewards.answer import Answer, final_answer, python_block
+from dsjax.rewards.inside import UNREADABLE
+from dsjax.rewards.jail import Outcome
+from dsjax.rewards.namespaces import Limits
+from dsjax.rewards.sandbox import CODE, MATH, PYTHON, Keeper, Sandbox, require_ready, run_tests
+from dsjax.rewards.value import Value
+
+WRONG, RIGHT = Value(0.0), Value(1.0)
+
+
+def mathematics(config: MathReward, sandbox: Sandbox, answers: Sequence[Answer]) -> list[Value]:
+    """1 where math-verify finds in the final answer what the line's `answer` says."""
+    limits = Limits(config.seconds, config.memory_bytes)
+
+    def one(keepers: dict[str, Keeper], answer: Answer) -> Value:
+        text = final_answer(answer)
+        if not text:
+            return WRONG
+        gold = str(answer.example["answer"])
+        outcome = keepers[MATH].do({"gold": gold, "text": text}, limits)
+        if outcome.ended != jail.OK:
+            return Value(0.0, outcome.ended)
+        if outcome.output == UNREADABLE:
+            return Value(0.0, "refused: math-verify cannot read the line's answer")
+        return RIGHT if outcome.output == b"1" else WRONG
+
+    return sandbox.map(one, answers)
+
+
+# ---------------------------------------------------------------------------------------------
+# Code
+# ---------------------------------------------------------------------------------------------
+
+
+def code(config: CodeReward, sandbox: Sandbox, answers: Sequence[Answer]) -> list[Value]:
+    """1 where the final answer's last Python block passes all of the line's `tests`."""
+    limits = Limits(config.seconds, config.memory_bytes)
+
+    def one(keepers: dict[str, Keeper], answer: Answer) -> Value:
+        source = python_block(final_answer(answer) or "")
+        if source is None:
+            return WRONG
+        tests = answer.example["tests"]
+        if asserting := as_assertions(tests):
+            entry_point = answer.example.get("entry_point")
+            return _judge(run_tests(keepers, source, asserting, entry_point, limits))
+        return _run_pairs(keepers[CODE], source, tests, limits)
+
+    return sandbox.map(one, answers)
+
+
+def as_assertions(tests: Any) -> str | None:
+    """Tests as Python source: one text, or a list of them; None for pairs of input and output."""
+    if isinstance(tests, str):
+        return tests
+    if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
+        return "\n".join(tests)
+    return None
+
+
+def check_tests(tests: Any) -> str | None:
+    """What is wrong with a line's `tests`, if anything is."""
+    if as_assertions(tests):
+        return None
+    if isinstance(tests, list) and tests and all(map(_is_pair, tests)):
+        return None
+    return (
+        "'tests' is neither Python source with assertions, nor a list of such, nor a list of "
+        'pairs {"input": ..., "output": ...}'
+    )
+
+
+def _is_pair(test: Any) -> bool:
+    return isinstance(test, Mapping) and all(
+        isinstance(test.get(key), str) for key in ("input", "output")
+    )
+
+
+def _run_pairs(keeper: Keeper, source: str, tests: Sequence[Any], limits: Limits) -> Value:
+    """A run for each pair, until one fails. Outputs are compared here."""
+    for test in tests:
+        outcome = keeper.do({"code": source, "stdin": test["input"]}, limits)
+        if outcome.ended != jail.OK:
+            return Value(0.0, outcome.ended)
+        if _lines(outcome.output.decode(errors="replace")) != _lines(test["output"]):
+            return WRONG
+    return RIGHT
+
+
+def _lines(text: str) -> list[str]:
+    """Lines without the blanks that end them, and without empty ones at the end of it all."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def _judge(outcome: Outcome) -> Value:
+    if outcome.ended != jail.OK:
+        return Value(0.0, outcome.ended)
+    verdict = json.loads(outcome.output)
+    if "broken" in verdict:
+        return Value(0.0, f"refused: the tests are of no use: {verdict['broken']}")
+    return RIGHT if verdict["passed"] else WRONG
+
+
+# ---------------------------------------------------------------------------------------------
+# The user's own function
+# ---------------------------------------------------------------------------------------------
+
+
+class UserFunction:
+    """`function(answers) -> values` of the user's file.
+
+    The file is imported once, outside of any jail: it is the user's, and no text of a model is
+    there yet. Each call happens in a jail, in which it reads what is installed and what lies beside
+    the file. What it changes is forgotten after the call.
+    """
+
+    def __init__(self, config: PythonReward):
+        """Import it.
+
+        Raises:
+            UserError: there is no such file or function, importing it raises, or there is no
+                isolation on this machine.
+        """
+        path = Path(config.path)
+        if not path.is_file():
+            raise UserError(f"the reward 'python': {path}: no such file")
+        network = "network" if config.network else "offline"
+        self._keeper = Keeper(PYTHON, str(path.resolve()), config.function, network)
+        self._limits = Limits(config.seconds, config.memory_bytes, output_bytes=64 << 20)
+        try:
+            require_ready(self._keeper, f"the reward 'python': {path}")
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, answers: Sequence[Answer]) -> list[Value]:
+        """Values of all. Where a call fails its halves are tried: one answer spoils one."""
+        if not answers:
+            return []
+        job = {"answers": [dataclasses.asdict(answer) for answer in answers]}
+        outcome = self._keeper.do(job, self._limits)
+        said = json.loads(outcome.output) if outcome.ended == jail.OK else None
+        if isinstance(said, list):
+            return [Value(value) for value in said]
+        if len(answers) == 1:
+            return [Value(0.0, f"refused: it {said['wrong']}" if said else outcome.ended)]
+        half = len(answers) // 2
+        return [*self(answers[:half]), *self(answers[half:])]
+
+    def close(self) -> None:
+        """End its process."""
+        self._keeper.close()
