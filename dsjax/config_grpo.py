@@ -100,7 +100,7 @@ class GrpoRunConfig(RunConfig):
     init: str | None = None
     """The checkpoint to start from, whose architecture `model` then is; None: random weights."""
     tokenizer: str | None = None
-    """None: the checkpoint's own."""
+    """A folder that holds one, or `bytes`, which needs no file; None: the checkpoint's own."""
     prompts: PromptsConfig
     rewards: list[RewardConfig] = Field(min_length=1)
     sampling: SamplingConfig

@@ -28,7 +28,7 @@ from dsjax.checkpoint.source import read_folder_config
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_grpo import GrpoRunConfig
 from dsjax.data.chat_template import read_chat_template
-from dsjax.data.tokenizer import find_tokenizer, load_tokenizer
+from dsjax.data.tokenizer import find_tokenizer, load_tokenizer, train_tokenizer
 from dsjax.errors import UserError
 from dsjax.model.layers import tree_shardings
 from dsjax.model.transformer import Transformer
@@ -46,6 +46,10 @@ from dsjax.training.signals import catch_termination
 from dsjax.training.step import TrainState
 from sharding.distributed import is_alone, processes
 from sharding.rules import Layout, use_layout
+
+BYTES = "bytes"
+"""The name of a tokenizer that needs no file."""
+_BYTES_AND_SPECIAL = 261
 
 
 def grpo(config: GrpoRunConfig, console: Console) -> None:
@@ -80,7 +84,7 @@ def _grpo(config: GrpoRunConfig, console: Console) -> None:
         stack.enter_context(use_layout(layout))
         termination = stack.enter_context(catch_termination())
         state, reference, progress = _begin(config, layout, store, console)
-        _write_beginning(config, folder)
+        _write_beginning(config, folder, language)
         log = stack.enter_context(closing(open_log(folder, progress.step)))
         asked = (language, questions, scorer)
         told = (store, log, console, termination)
@@ -95,20 +99,25 @@ def _language(config: GrpoRunConfig) -> Language:
     """The tokenizer of the checkpoint or the given one, and the chat template beside it."""
     where = config.tokenizer or config.init
     if where is None:
-        raise UserError("random weights have no tokenizer; give `tokenizer`, a folder that has one")
-    home = find_tokenizer(where).parent
-    tokenizer = load_tokenizer(home)
+        raise UserError(
+            "random weights have no tokenizer; give `tokenizer`: a folder that has one, or bytes"
+        )
+    if where == BYTES:
+        home, tokenizer = None, train_tokenizer([], _BYTES_AND_SPECIAL)
+    else:
+        home = find_tokenizer(where).parent
+        tokenizer = load_tokenizer(home)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{home}: the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size is "
+            f"tokenizer={where}: it has {tokenizer.vocab_size} entries, the model's vocab_size is "
             f"{config.model.vocab_size}; they do not belong together"
         )
     if tokenizer.eos_id != config.model.eos_token_id:
         raise UserError(
-            f"{home}: the tokenizer's eos is {tokenizer.eos_id}, the model's eos_token_id is "
+            f"tokenizer={where}: its eos is {tokenizer.eos_id}, the model's eos_token_id is "
             f"{config.model.eos_token_id}; answers would not end where they should"
         )
-    return Language(tokenizer, read_chat_template(home, tokenizer))
+    return Language(tokenizer, None if home is None else read_chat_template(home, tokenizer), home)
 
 
 def _questions(config: GrpoRunConfig, scorer: Scorer, language: Language) -> Questions:
@@ -184,13 +193,15 @@ def _check_same_model(config: GrpoRunConfig, name: str, path: str | None) -> Non
             )
 
 
-def _write_beginning(config: GrpoRunConfig, folder: Path) -> None:
+def _write_beginning(config: GrpoRunConfig, folder: Path, language: Language) -> None:
     settings = config.model_dump(exclude={"distributed"})
     write_whole(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
-    home = find_tokenizer(str(config.tokenizer or config.init)).parent
     own = folder / "tokenizer"
+    if language.home is None:
+        language.tokenizer.save(own)
+        return
     own.mkdir(exist_ok=True)
-    for file in home.iterdir():
+    for file in language.home.iterdir():
         if file.name in _LANGUAGE_FILES:
             write_whole(own / file.name, file.read_bytes())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -68,6 +69,8 @@ class Language:
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    home: Path | None
+    """The folder that both come from; None where they come from none."""
 
 
 @dataclass

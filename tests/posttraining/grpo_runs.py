@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsjax.data.tokenizer import train_tokenizer
-
 MODEL = {
     "vocab_size": 261,
     "hidden_size": 32,
@@ -19,17 +17,10 @@ MODEL = {
 }
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """Bytes, and DeepSeek's special tokens."""
-    train_tokenizer(["1"], 261).save(folder)
-    return folder
-
-
-def overrides(language: Path, run_dir: Path, **changes: Any) -> list[str]:
+def overrides(run_dir: Path, **changes: Any) -> list[str]:
     """What turns `r1/cpu-last-digit` into a run of seconds; `changes` use __ for the dot."""
     settings: dict[str, Any] = {
         "run_dir": str(run_dir),
-        "tokenizer": str(language),
         **{f"model.{name}": value for name, value in MODEL.items()},
         "sampling.rows": 16,
         "grpo.prompts_per_step": 4,

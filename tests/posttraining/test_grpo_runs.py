@@ -26,17 +26,12 @@ from dsjax.posttraining.grpo import grpo, saved_state
 from dsjax.training.metrics import read_metrics
 from dsjax.training.pretrain import make_layout
 from tests.forked import Forks, forks
-from tests.posttraining.grpo_runs import overrides, write_tokenizer
+from tests.posttraining.grpo_runs import overrides
 from tests.training.runs import ENVIRONMENT
 
 CONFIG = "r1/cpu-last-digit"
 KILLS = 20
 SECONDS = ("sampling_seconds", "scoring_seconds", "training_seconds")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -58,9 +53,7 @@ def newest_state(run_dir: Path) -> tuple[int, list[bytes], dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(
-    tokenizer: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(tmp_path: Path) -> None:
     """Parameters, moments, reference, place among the questions, and every reward on the way.
 
     Two steps a rollout, two inner epochs, refills and a reference that is replaced.
@@ -75,7 +68,7 @@ def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(
     with forks(tmp_path / "output.txt", ENVIRONMENT) as processes:
 
         def start(run_dir: Path) -> None:
-            processes.start("train", CONFIG, *overrides(tokenizer, run_dir, **changes))
+            processes.start("train", CONFIG, *overrides(run_dir, **changes))
 
         def finish(run_dir: Path) -> float:
             begin = time.monotonic()
@@ -102,10 +95,10 @@ def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(
 
 @pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(
-    tokenizer: Path, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"
-    settings = overrides(tokenizer, run_dir, training__max_steps=10_000)
+    settings = overrides(run_dir, training__max_steps=10_000)
     with forks(tmp_path / "output.txt", ENVIRONMENT) as processes:
         processes.start("train", CONFIG, *settings)
         wait_for_steps(processes, run_dir, 2)
@@ -148,7 +141,7 @@ def wait_for_steps(processes: Forks, run_dir: Path, steps: int) -> None:
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
-    changes: dict[str, Any], says: str, tokenizer: Path, tmp_path: Path
+    changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     files = {
         "FILE": ("q.jsonl", '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "2+2="}\n'),
@@ -163,7 +156,7 @@ def test_what_cannot_be_is_said_in_one_line(
     paths = {key: str(tmp_path / name) for key, (name, _) in files.items()}
     paths |= {"NONE": str(tmp_path / "none.jsonl"), "MISSING": str(tmp_path / "missing")}
     paths["OTHER"] = str(tmp_path / "other")
-    settings = overrides(tokenizer, tmp_path / "run", **changes)
+    settings = overrides(tmp_path / "run", **changes)
     for key, path in paths.items():
         settings = [one.replace(f'"{key}"', f'"{path}"') for one in settings]
     with pytest.raises(UserError, match=says) as caught:
