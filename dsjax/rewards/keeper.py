@@ -15,6 +15,7 @@ import gc
 import importlib.util
 import json
 import os
+import select
 import socket
 import struct
 import sys
@@ -69,6 +70,8 @@ def _exactly(line: socket.socket, length: int) -> bytes:
 def main(descriptor: str, kind: str, *arguments: str) -> None:
     """Get ready, try a jail, say how that went, and do jobs until there are no more."""
     line = socket.socket(fileno=int(descriptor))
+    if sys.platform != "linux":
+        return send(line, Outcome(jail.UNISOLATED, f"it is {sys.platform}".encode()).packed())
     try:
         work_of, view = _KINDS[kind](*arguments)
     except Exception as error:
@@ -76,7 +79,7 @@ def main(descriptor: str, kind: str, *arguments: str) -> None:
         return send(line, said.packed())
     gc.freeze()  # what is there stays: a child need not copy it to count it
     send(line, Jail(lambda _: None, Limits(10, 1 << 28), view).wait().packed())
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, OSError):
         while True:
             job = json.loads(receive(line))
             kept: list[int] = []
@@ -85,6 +88,9 @@ def main(descriptor: str, kind: str, *arguments: str) -> None:
             begun = Jail(work_of(job, *kept), Limits(**job["limits"]), view, kept)
             for channel in kept:
                 os.close(channel)
+            ready, _, _ = select.select([begun, line], [], [])
+            if begun not in ready:
+                return  # nobody waits any more; the jail's guardian sees that we are gone
             send(line, begun.wait().packed())
 
 
