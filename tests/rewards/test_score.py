@@ -22,6 +22,7 @@ from dsjax.config_rewards import (
     RewardConfig,
 )
 from dsjax.errors import UserError
+from dsjax.rewards import keeper
 from dsjax.rewards.answer import Answer
 from dsjax.rewards.score import Scorer
 
@@ -305,6 +306,12 @@ def test_a_file_of_no_use_is_one_line(source: str | None, said: str, tmp_path: P
     with pytest.raises(UserError) as raised:
         Scorer([PythonReward(path=str(tmp_path / "own.py"))])
     assert said in str(raised.value)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dsjax\[post\]'"):
+        keeper._mathematics()
 
 
 # ---------------------------------------------------------------------------------------------
