@@ -73,6 +73,10 @@ class Jail:
             namespaces.map_user(self._pid)
             self._control.send(b"m")
 
+    def fileno(self) -> int:
+        """Can be read from once there is an outcome."""
+        return self._result
+
     def wait(self) -> Outcome:
         """Wait until it ended."""
         with os.fdopen(self._result, "rb") as result:
@@ -167,7 +171,7 @@ def _watch(pid: int, output: int, control: socket.socket, limits: Limits) -> Out
     written = bytearray()
     killed = ""
     deadline = time.monotonic() + limits.wall_seconds
-    ended = os.pidfd_open(pid)
+    ended = namespaces.open_process(pid)
     waiting = [output, ended, control.fileno()]
     while not killed:
         ready, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))

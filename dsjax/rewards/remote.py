@@ -144,6 +144,7 @@ class _Line:
 
     def __init__(self, channel: socket.socket):
         self._stream = channel.makefile("rwb")
+        self.lost = False
 
     def ask(self, operation: str, *args: Any, **kwargs: Any) -> Any:
         """What the model's process makes of it; an exception there is one here."""
@@ -157,6 +158,7 @@ class _Line:
                 return unpack(reply["done"], lambda number: _StandIn(self, int(number)))
             name, said = str(reply["raised"]), str(reply["said"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            self.lost = True
             raise Gone from error
         kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, Exception):
@@ -238,14 +240,13 @@ def check(tests: str, entry_point: str | None, channel: socket.socket, output: i
         checks += 1
 
     try:
-        tree, names = _prepare(tests, entry_point)
+        tree, names, modules = _prepare(tests, entry_point)
         space: dict[str, Any] = {"__name__": "tests", _COUNT: count}
-        for name in names:
-            if name in sys.stdlib_module_names:
-                space[name] = __import__(name)
-            else:
-                space[name] = line.ask("name", name)
+        space |= {name: __import__(name) for name in modules}
+        space |= {name: line.ask("name", name) for name in names}
         exec(compile(tree, "tests", "exec"), space)
+        if line.lost:  # and the tests caught that, with everything else
+            raise Gone
         said = {"passed": True} if checks else {"broken": "they check nothing"}
     except Gone:
         said = {"gone": True}
@@ -271,8 +272,12 @@ class _Counting(ast.NodeTransformer):
         return [ast.copy_location(call, node), node]
 
 
-def _prepare(tests: str, entry_point: str | None) -> tuple[ast.Module, set[str]]:
-    """The tests as a tree that counts, and the names in it that only the model can have made."""
+def _prepare(tests: str, entry_point: str | None) -> tuple[ast.Module, set[str], set[str]]:
+    """The tests as a tree that counts, and the names in it that only the model can have made.
+
+    The third are names of modules that the tests did not import: `math` in `math.isclose(...)`.
+    They are not the model's, which could bring a `math` of its own.
+    """
     tree = ast.parse(tests)
     nodes = list(ast.walk(tree))
     made = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -288,8 +293,10 @@ def _prepare(tests: str, entry_point: str | None) -> tuple[ast.Module, set[str]]
             made.add(node.arg)
         elif isinstance(node, ast.ExceptHandler) and node.name:
             made.add(node.name)
+    owners = {node.value for node in nodes if isinstance(node, ast.Attribute)}
+    bare = {node.id for node in nodes if isinstance(node, ast.Name) and node not in owners}
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     names = {name for name in used - made if not hasattr(builtins, name)}
-    if entry_point:
-        names.add(entry_point)
-    return ast.fix_missing_locations(_Counting().visit(tree)), names
+    modules = (names - bare) & sys.stdlib_module_names - {entry_point}
+    names = names - modules | ({entry_point} if entry_point else set())
+    return ast.fix_missing_locations(_Counting().visit(tree)), names, modules
