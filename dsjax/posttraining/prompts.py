@@ -165,7 +165,8 @@ def _rows_of_parquet(file: File) -> list[tuple[str, Mapping[str, Any]]]:
     except ImportError:
         raise UserError("reading parquet needs pyarrow: pip install 'dsjax[data]'") from None
     try:
-        rows = parquet.read_table(file.open()).to_pylist()
+        with file.open() as data:
+            rows = parquet.read_table(data).to_pylist()
     except Exception as error:  # pyarrow's own, of several kinds
         raise UserError(f"{file.path}: cannot be read as parquet: {one_line(error)}") from None
     return [(f"{file.path}: row {number}", row) for number, row in enumerate(rows)]
