@@ -14,8 +14,11 @@ from typing import Any, NoReturn, TypeVar
 
 from dsjax.errors import UserError, one_line
 from dsjax.places import ObjectPath, as_path
+from dsjax.serving.options import mesh_sizes
 
-DESCRIPTION = "DeepSeek-V3 and R1 in JAX: look at models, here; train.py trains one."
+DESCRIPTION = (
+    "DeepSeek-V3 and R1 in JAX: models looked at, moved and measured; train.py trains one."
+)
 
 EXAMPLES = """\
 examples:
@@ -23,6 +26,7 @@ examples:
   dsjax inspect ./DeepSeek-R1      a Hugging Face folder; only headers are read
   dsjax inspect v3-671b --json     the same for programs
   dsjax convert ./DeepSeek-R1 ./r1 --dry-run       what a conversion would do
+  dsjax eval runs/demo --tasks letters             how often it counts letters right
 
 `dsjax VERB --help` explains a verb. Exit codes: 0 done, 2 your input is wrong, 1 our fault.
 """
@@ -82,8 +86,8 @@ def main() -> NoReturn:
     run(_call_verb)
 
 
-def _call_verb() -> None:
-    """Parse the command line and call its verb."""
+def make_parser() -> Parser:
+    """The command line: every verb, with the function that it calls as `verb`."""
     parser = Parser(
         prog="dsjax",
         description=DESCRIPTION,
@@ -93,7 +97,13 @@ def _call_verb() -> None:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_inspect(verbs)
     _add_convert(verbs)
-    arguments = vars(parser.parse_args())
+    _add_eval(verbs)
+    return parser
+
+
+def _call_verb() -> None:
+    """Parse the command line and call its verb."""
+    arguments = vars(make_parser().parse_args())
     arguments.pop("verb")(**arguments)
 
 
@@ -217,3 +227,111 @@ def _convert(source: Path, destination: Path, **options: Any) -> None:
     from dsjax.checkpoint.convert import convert
 
     convert(source, destination, **options)
+
+
+EVAL = """\
+Measure a model by DeepSeek-R1's protocol: of every question k answers are drawn at temperature 0.6
+and top-p 0.95, without a system prompt; the thought is left out, and the final answer is compared.
+pass@1 is the mean over all answers, cons@k the majority's, both with intervals over questions.
+
+Tasks that need no data: arithmetic-easy, arithmetic-medium, arithmetic-hard, backwards, countdown,
+letters, puzzles; with the extra `eval` humaneval; with the extra `gym`, of reasoning-gym,
+gym-base_conversion, gym-calendar_arithmetic, gym-countdown, gym-course_schedule,
+gym-family_relationships, gym-leg_counting, gym-maze, gym-rotten_oranges, gym-spiral_matrix,
+gym-syllogism.
+
+Tasks with the path of a published data set, as NAME=PATH: aime, gpqa, livecodebench, math500, mmlu,
+mmlu-pro. Code and formulas are verified in jails, which need Linux, and the extra `post`.
+docs/evaluation.md says which files they read.
+
+harness:NAME is a task of lm-evaluation-harness, by its own rules: nothing of how answers are drawn
+here applies to it."""
+
+EVAL_EXAMPLES = """\
+examples:
+  dsjax eval runs/demo --tasks arithmetic-easy letters
+  dsjax eval DeepSeek-R1-Distill-Qwen-7B --tasks aime=aime24.jsonl --k 64
+  dsjax eval DeepSeek-R1 --tasks gpqa=gpqa_diamond.csv --k 64 --mesh expert=8 --rows 64
+  dsjax eval runs/demo --tasks harness:my_task --include tasks/
+
+Answers are kept in OUTPUT/answers.jsonl as they come: stopped or killed, the same command goes on,
+and with a larger --k it draws only what is new. Results: OUTPUT/results.json and results.png.
+"""
+
+
+def _add_eval(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "eval",
+        help="how good a model is at tasks, by DeepSeek-R1's protocol",
+        description=EVAL,
+        epilog=EVAL_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=_path,
+        help="a run directory of train.py, dsjax weights, or a Hugging Face folder",
+    )
+    verb.add_argument("--tasks", nargs="+", required=True, metavar="NAME[=PATH]",
+                      help="what to measure")  # fmt: skip
+    verb.add_argument("--k", type=int, default=4, metavar="N",
+                      help="answers to each question (4; R1's scores are of 64)")  # fmt: skip
+    verb.add_argument("--temperature", type=float, default=0.6, metavar="T",
+                      help="0 takes the likeliest token (0.6)")  # fmt: skip
+    verb.add_argument("--top-p", type=float, default=0.95, metavar="P",
+                      help="only the likeliest tokens that reach this together (0.95)")  # fmt: skip
+    verb.add_argument("--max-tokens", type=int, default=32_768, metavar="N",
+                      help="of an answer, thought included; less where the context ends "
+                      "(32768)")  # fmt: skip
+    verb.add_argument("--seed", type=int, default=0, metavar="N",
+                      help="another one draws other answers (0)")  # fmt: skip
+    verb.add_argument("--limit", type=int, metavar="N",
+                      help="only the first N questions of each task (all)")  # fmt: skip
+    verb.add_argument("--output", type=Path, metavar="FOLDER",
+                      help="where answers and results go (evaluations/ and the name of "
+                      "CHECKPOINT)")  # fmt: skip
+    verb.add_argument("--rows", type=int, default=8, metavar="N",
+                      help="answers that are drawn at the same time (8)")  # fmt: skip
+    verb.add_argument("--context", type=int, metavar="N",
+                      help="most tokens of question and answer together (the model's own "
+                      "limit)")  # fmt: skip
+    verb.add_argument("--dtype", choices=("float32", "bfloat16"),
+                      help="hold and compute in this (as stored)")  # fmt: skip
+    verb.add_argument("--mesh", type=mesh_sizes, metavar="AXIS=N,...",
+                      help="spread the model over all devices, such as expert=4,tensor=2 (one "
+                      "device)")  # fmt: skip
+    harness = verb.add_argument_group("tasks of lm-evaluation-harness")
+    harness.add_argument("--include", type=Path, metavar="FOLDER",
+                         help="where more of its tasks are, as YAML")  # fmt: skip
+    harness.add_argument("--few-shot", type=int, metavar="N",
+                         help="examples before each question (what the task says)")  # fmt: skip
+    harness.add_argument("--chat", action="store_true",
+                         help="put questions into the checkpoint's chat template")  # fmt: skip
+    verb.set_defaults(verb=_eval)
+
+
+def _eval(
+    checkpoint: Path,
+    tasks: list[str],
+    limit: int | None,
+    output: Path | None,
+    include: Path | None,
+    few_shot: int | None,
+    chat: bool,
+    **options: Any,
+) -> None:
+    from dsjax.evaluation.run import run_eval
+    from dsjax.evaluation.run_harness import run_harness
+    from dsjax.evaluation.settings import Room, Settings
+    from dsjax.evaluation.tasks import split_tasks
+
+    room = Room(**{name: options.pop(name) for name in ("rows", "context", "dtype", "mesh")})
+    settings = Settings(**options)
+    own, theirs = split_tasks(tasks)
+    output = output or Path("evaluations") / checkpoint.resolve().name
+    if theirs:
+        run_harness(checkpoint, theirs, room, limit=limit, output=output, include=include,
+                    few_shot=few_shot, chat=chat)  # fmt: skip
+    else:
+        run_eval(checkpoint, own, settings, room, limit=limit, output=output)

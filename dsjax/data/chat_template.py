@@ -67,6 +67,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self.source = source
         self._tokenizer = tokenizer
         self._names = dict(names)
         try:

@@ -140,7 +140,7 @@ def _add_model(verb: ArgumentParser) -> None:
                       help="hold and compute in this (as stored)")  # fmt: skip
     verb.add_argument("--drafts", type=int, default=1, metavar="N",
                       help="tokens that MTP drafts a step, if the model has it (1)")  # fmt: skip
-    verb.add_argument("--mesh", type=_mesh, metavar="AXIS=N,...",
+    verb.add_argument("--mesh", type=mesh_sizes, metavar="AXIS=N,...",
                       help="spread the model over all devices, such as expert=4,tensor=2 (one "
                       "device)")  # fmt: skip
 
@@ -173,10 +173,10 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _mesh(text: str) -> dict[str, int]:
+def mesh_sizes(text: str) -> dict[str, int]:
     """Sizes of mesh axes.
 
-    >>> _mesh("expert=4,tensor=2")
+    >>> mesh_sizes("expert=4,tensor=2")
     {'expert': 4, 'tensor': 2}
     """
     if not re.fullmatch(r"\w+=[1-9]\d*(,\w+=[1-9]\d*)*", text):

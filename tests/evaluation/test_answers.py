@@ -1,0 +1,68 @@
+"""The final answer of a text, as models write it."""
+
+import pytest
+
+from dsjax.evaluation import answers
+
+
+@pytest.mark.parametrize(
+    ("text", "vote"),
+    [
+        ("It is \\boxed{12}.", "12"),
+        ("\\boxed{1} then \\boxed{2}", "2"),
+        ("\\boxed{-7}", "-7"),
+        ("\\boxed{x = 7}", "7"),
+        ("\\boxed{1{,}234}", "1234"),
+        ("\\boxed{\\$1,234.00}", "1234"),
+        ("\\boxed{8.5}", "8.5"),
+        ("\\boxed{007}", "7"),
+        ("**Final Answer:** 3 apples", "3"),
+        ("The answer is 12.", "12"),
+        ("first 3, then 4", "4"),
+        ("5-3 = 2", "2"),
+        ("nothing", None),
+        ("\\boxed{nothing}, not 3", None),
+        ("\\boxed{12", "12"),  # cut off in its box: what is there is the last number
+    ],
+)
+def test_numbers(text, vote):
+    assert answers.number(text) == vote
+
+
+@pytest.mark.parametrize(
+    ("text", "vote"),
+    [
+        ("Answer: B", "B"),
+        ("answer: (B)", "B"),
+        ("**Answer: B**", "B"),
+        ("Answer: B) DNA", "B"),
+        ("Answer: A\nNo. Answer: C", "C"),
+        ("The correct answer is D.", "D"),
+        ("\\boxed{\\text{C}}", "C"),
+        ("\\boxed{C) 12}", "C"),
+        ("DNA", None),
+        ("Answer: E", None),
+        ("I take B", "B"),
+        ("", None),
+    ],
+)
+def test_letters(text, vote):
+    assert answers.letter("ABCD")(text) == vote
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("\\boxed{\\dfrac{1}{2}}", "\\boxed{\\frac{1}{2}}", "\\boxed{ \\tfrac{1}{2} }"),
+        ("\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}", "\\boxed{(3,\\frac{\\pi}{2})}"),
+        ("\\boxed{\\text{Evelyn}}", "\\boxed{Evelyn}", "Answer: $Evelyn$."),
+    ],
+)
+def test_a_formula_set_in_another_way_is_the_same_vote(texts):
+    assert len({answers.formula(text) for text in texts}) == 1
+
+
+def test_formulas_that_differ_are_different_votes():
+    found = [answers.formula(f"\\boxed{{{x}}}") for x in ("x+1", "x-1", "(1,2)", "[1,2]", "12")]
+    assert len(set(found)) == 5
+    assert answers.formula("no box") is None
