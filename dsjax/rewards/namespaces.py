@@ -251,6 +251,8 @@ class Limits:
             resource.RLIMIT_MSGQUEUE: 0,
         }
         for bound, value in bounds.items():
+            _, most = resource.getrlimit(bound)
+            value = value if most == resource.RLIM_INFINITY else min(value, most)
             resource.setrlimit(bound, (value, value))
 
 
