@@ -42,6 +42,7 @@ def main() -> None:
     # Imported late: `--help` and a wrong configuration need no jax.
     from dsjax.config import PretrainConfig
     from dsjax.config_files import load_run_config
+    from dsjax.config_grpo import GrpoRunConfig
 
     config = read_together(lambda: load_run_config(name, overrides))
 
@@ -55,6 +56,10 @@ def main() -> None:
 
             pretrain(config, console)
             show_sample(config, console)
+        case GrpoRunConfig():
+            from dsjax.posttraining.grpo import grpo
+
+            grpo(config, console)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Tag, ValidationError
 
 from dsjax.architecture import FAMILIES, ModelConfig
 from dsjax.config import PretrainConfig, RunConfig
+from dsjax.config_grpo import GrpoRunConfig
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
 from dsjax.small_files import read_small
@@ -19,7 +20,7 @@ T = TypeVar("T", bound=BaseModel)
 
 MAX_YAML_BYTES = 1_000_000
 
-TASKS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig}
+TASKS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "grpo": GrpoRunConfig}
 """The configuration of each task of train.py."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

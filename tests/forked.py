@@ -61,6 +61,11 @@ class Forks:
         self._child = None
         return self._read()
 
+    def send(self, number: int) -> None:
+        """A signal, unless it has ended."""
+        if self._child is not None:
+            os.kill(self._child, number)
+
     def kill(self) -> None:
         """SIGKILL, and wait for the end, unless it has ended."""
         if self._child is not None:

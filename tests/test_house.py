@@ -41,6 +41,7 @@ ROOM_OF = dict.fromkeys(
     (
         "dsjax.architecture",
         "dsjax.config_files",
+        "dsjax.config_grpo",
         "dsjax.config_rewards",
         "dsjax.places",
         "dsjax.small_files",

@@ -15,6 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from dsjax.errors import UserError
 from dsjax.inference.request import Request, TokenLogprob, Update
 from dsjax.inference.runner import Runner
@@ -62,6 +64,17 @@ class Engine:
         `progress` hears how many of how many are done.
         """
         self._runner.warm_up(progress)
+
+    def take(self, model: Transformer) -> None:
+        """Go on with other weights of the same shapes, and forget what the old ones have read.
+
+        Raises:
+            UserError: requests are on their way.
+        """
+        if not self.idle:
+            raise UserError("the engine has requests on their way; let them finish before")
+        self._runner.take(model)
+        self._scheduler.forget()
 
     def submit(self, request: Request) -> None:
         """Put a request into the queue.
@@ -144,7 +157,10 @@ class Engine:
             if plan.reading and sequence.wants_prompt_logprobs:
                 _note_prompt(sequence, count, index, found.prompt_logprobs)
             valid = int(found.valid[index])
-            sequence.filled += count if plan.reading else valid
+            read = count if plan.reading else valid
+            if self.settings.experts:
+                sequence.experts += list(found.experts[index, :read].astype(np.int16))
+            sequence.filled += read
             new = found.tokens[index, :valid].tolist()
             drafted += 0 if plan.reading else count - 1
             accepted += max(valid - 1, 0)
@@ -188,7 +204,9 @@ class Engine:
             finish,
             _token_logprobs(new, index, found.logprobs, params.logprobs),
             tuple(sequence.prompt_logprobs) if first else (),
-            sequence.cached or 0 if first else 0,
+            drawn_logprobs=_drawn(new, index, found, params.logprobs),
+            cached_tokens=sequence.cached or 0 if first else 0,
+            experts=_experts_of(sequence) if finish and self.settings.experts else None,
         )
 
 
@@ -200,6 +218,17 @@ def _note_prompt(sequence: Sequence, count: int, index: int, found: Logprobs | N
     after = sequence.tokens[sequence.filled + 1 : sequence.filled + 1 + count]
     wanted = sequence.request.sampling.prompt_logprobs
     sequence.prompt_logprobs += _token_logprobs(after, index, found, wanted)
+
+
+def _drawn(
+    tokens: list[int], index: int, found: StepOutputs, wanted: int | None
+) -> tuple[float, ...]:
+    return () if wanted is None else tuple(found.drawn_logprobs[index, : len(tokens)].tolist())
+
+
+def _experts_of(sequence: Sequence) -> np.ndarray:
+    """Of every token but the last; what was read behind a stop does not count."""
+    return np.stack(sequence.experts[: len(sequence.tokens) - 1])
 
 
 def _token_logprobs(

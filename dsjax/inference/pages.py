@@ -24,6 +24,7 @@ class PagePool:
         self._users = [0] * count
         self._key_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
+        self._experts_of: dict[int, Sequence[np.ndarray]] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()
         """Remembered pages without a user, the one longest without first."""
 
@@ -38,7 +39,7 @@ class PagePool:
             page = self._free.pop()
         elif self._unused:
             page, _ = self._unused.popitem(last=False)
-            del self._page_of[self._key_of.pop(page)]
+            del self._page_of[self._key_of.pop(page)], self._experts_of[page]
         else:
             return None
         self._users[page] = 1
@@ -63,11 +64,19 @@ class PagePool:
             self._unused.pop(page, None)
             self._users[page] += 1
 
-    def remember(self, page: int, key: bytes) -> None:
-        """A page is full, and its tokens are known by this key; the first such page counts."""
+    def remember(self, page: int, key: bytes, experts: Sequence[np.ndarray] = ()) -> None:
+        """A page is full, and its tokens are known by this key; the first such page counts.
+
+        `experts` is what its tokens went through, if somebody wants to know.
+        """
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key] = page
             self._key_of[page] = key
+            self._experts_of[page] = experts
+
+    def experts_of(self, page: int) -> Sequence[np.ndarray]:
+        """What came with a page that is remembered."""
+        return self._experts_of[page]
 
     def release(self, pages: Sequence[int]) -> None:
         """One user less. The end of a sequence is forgotten before its beginning."""

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it: plain host values, no arrays.
+"""What goes into the engine and what comes out of it: plain host values.
 
 The doors (batch files, HTTP, chat, `dsjax.generate`, rollouts) speak to the engine in these.
 """
@@ -9,6 +9,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 from dsjax.errors import UserError
 
@@ -57,7 +60,8 @@ class SamplingParams:
     seed: int = 0
     """The same seed, prompt and parameters give the same tokens, whatever runs beside them."""
     logprobs: int | None = None
-    """Log-probabilities of the chosen token and of so many likeliest ones; None: not needed."""
+    """Log-probabilities of the chosen token, by the model and as it was drawn, and of so many
+    likeliest ones; None: not needed."""
     prompt_logprobs: int | None = None
     """The same of the prompt's own tokens."""
 
@@ -117,5 +121,11 @@ class Update:
     """One for each new token, if asked for."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """One for each token of the prompt, the first None; in the first update, if asked for."""
+    drawn_logprobs: tuple[float, ...] = ()
+    """Those of the new tokens in the distribution that they were drawn from: after penalties,
+    temperature and what top_k, top_p and min_p left. If log-probabilities were asked for."""
     cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache; in the first update."""
+    experts: Int[np.ndarray, "N L K"] | None = None
+    """Which experts each expert layer sent each token to, prompt and output but for the last token,
+    which was never read. In the last update, if the engine's settings ask for it."""

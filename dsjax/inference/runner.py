@@ -51,16 +51,21 @@ class Runner:
             if rows <= self.rows and rows * queries <= READ_AT_ONCE
         ]
         self._vocab_size = np.int32(vocab_size)
+        self._experts = settings.experts
+        self.take(model)
         with self._device():
-            decoder = take_apart(model)
-            self._weights, structure = jax.tree.flatten(decoder)
-            self._step = step_for(structure)
             pages = make_pages(
-                self.config, self.groups, self.pages, PAGE_SIZE, decoder.dtype, mtp=self.drafts > 0
+                self.config, self.groups, self.pages, PAGE_SIZE, model.dtype, mtp=self.drafts > 0
             )
             self._pages = self._spread(pages)
             state = SamplerState.empty(self.groups * self.rows, self.config.vocab_size)
             self._sampler = self._spread(state)
+
+    def take(self, model: Transformer) -> None:
+        """Copy a model's weights, as decoding reads them."""
+        with self._device():
+            self._weights, structure = jax.tree.flatten(take_apart(model))
+            self._step = step_for(structure)
 
     def run(self, plan: Plan) -> StepOutputs:
         """Run a step, and bring what it found to the host."""
@@ -75,12 +80,19 @@ class Runner:
                 samples=1 if plan.reading else plan.queries,
                 drafts=self.drafts if plan.reading else plan.queries - 1,
             )
-        # Log-probabilities are large and seldom wanted.
-        tokens, valid, drafts = jax.device_get((found.tokens, found.valid, found.drafts))
-        chances = jax.device_get(found.logprobs) if inputs.logprobs else found.logprobs
-        prompt = found.prompt_logprobs
-        prompt = jax.device_get(prompt) if inputs.prompt_logprobs else prompt
-        return StepOutputs(tokens, valid, drafts, chances, prompt)
+        # Log-probabilities are large and seldom wanted, and so is what else is left behind.
+        wanted: dict[str, Any] = {
+            "tokens": found.tokens,
+            "valid": found.valid,
+            "drafts": found.drafts,
+        }
+        if inputs.logprobs:
+            wanted |= {"logprobs": found.logprobs, "drawn_logprobs": found.drawn_logprobs}
+        if inputs.prompt_logprobs:
+            wanted["prompt_logprobs"] = found.prompt_logprobs
+        if self._experts:
+            wanted["experts"] = found.experts
+        return found._replace(**jax.device_get(wanted))
 
     def install(self, sequence: Sequence) -> None:
         """Tell the sampler who has this row now."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.inference.request import MAX_TOP_LOGPROBS
 from dsjax.inference.sampler_state import HostOrDevice, SamplerState
+from sharding.by_hand import summed
 
 LOW_BITS = np.int32(2**31 - 1)
 """All but the sign."""
@@ -155,12 +156,30 @@ def _filtered(x: Float[Array, "R V"], state: SamplerState) -> Float[Array, "R V"
     drawn = p.temperature > 0
     # The maximum goes first: divided by a small temperature, it would overflow.
     z = (x - x.max(-1, keepdims=True)) / jnp.where(drawn, p.temperature, 1)[:, None]
-    limit = _top_k_limit(x, jnp.where(drawn, p.top_k, 0))
-    limit = _top_p_limit(x, z, limit, jnp.where(drawn, p.top_p, 1))
+    limit = kept_from(x, z, jnp.where(drawn, p.top_k, 0), jnp.where(drawn, p.top_p, 1))
     # A probability is min_p of the largest where z = log(min_p). A greedy row has a min_p of 1,
     # and keeps its maximum even on a backend whose log(1) is a little above 0.
     least = jnp.minimum(jnp.log(jnp.where(drawn, p.min_p, 1)), 0)
     return jnp.where((x >= limit[:, None]) & (z >= least[:, None]), z, -jnp.inf)
+
+
+def kept_from(
+    x: Float[Array, "R V"],
+    z: Float[Array, "R V"],
+    top_k: Int[Array, "R"],
+    top_p: Float[Array, "R"],
+) -> Float[Array, "R"]:
+    """The smallest logit of each row that top_k, and top_p after it, leave.
+
+    By hand, a device may have some of the vocabulary only; every device finds the same.
+
+    Args:
+        x: logits.
+        z: the same over the temperature, less any number that is not far from the row's maximum.
+        top_k: 0 for all.
+        top_p: 1 for all.
+    """
+    return _top_p_limit(x, z, _top_k_limit(x, top_k), top_p)
 
 
 def _top_k_limit(x: Float[Array, "R V"], top_k: Int[Array, "R"]) -> Float[Array, "R"]:
@@ -184,7 +203,8 @@ def _top_p_limit(
     def search() -> Float[Array, "R"]:
         shares = _shares(jnp.where(x >= limit[:, None], z, -jnp.inf))
         # At least one share, so that the smallest top_p still keeps the likeliest token.
-        wanted = jnp.maximum((top_p * shares.sum(-1).astype(jnp.float32)).astype(jnp.int32), 1)
+        total = summed(shares.sum(-1), "vocab")
+        wanted = jnp.maximum((top_p * total.astype(jnp.float32)).astype(jnp.int32), 1)
         return jnp.where(rows, jnp.maximum(limit, _limit(x, shares, wanted)), limit)
 
     return lax.cond(rows.any(), search, lambda: limit)
@@ -203,7 +223,8 @@ def _limit(
         low, high = bounds
         middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their sum could overflow
         among = x >= _as_float(middle)[:, None]
-        enough = jnp.where(among, shares, 0).sum(-1, dtype=jnp.int32) >= wanted
+        found = summed(jnp.where(among, shares, 0).sum(-1, dtype=jnp.int32), "vocab")
+        enough = found >= wanted
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     low, high = (jnp.full(wanted.shape, _as_integer(end)) for end in (-np.inf, np.inf))
@@ -230,7 +251,8 @@ def _shares(z: Float[Array, "R V"]) -> Int[Array, "R V"]:
     weights = jnp.exp(z)
     # 2^19 weights of 24 bits overflow an int32, so the sums of their halves are made apart.
     parts = (weights * 2**24).astype(jnp.int32)
-    high, low = (half.sum(-1).astype(jnp.float32) for half in (parts >> 12, parts & 4095))
+    halves = (summed(half.sum(-1), "vocab") for half in (parts >> 12, parts & 4095))
+    high, low = (half.astype(jnp.float32) for half in halves)
     scale = 2.0**54 / (high * 2**12 + low)
     return (weights * scale[:, None] + 0.5).astype(jnp.int32)
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
+import numpy as np
+
 from dsjax.inference.pages import PagePool, page_keys
 from dsjax.inference.request import Request, TokenLogprob
 
@@ -38,6 +40,8 @@ class Sequence:
     shared: int = 0
     """Pages that others can find."""
     prompt_logprobs: list[TokenLogprob | None] = dataclasses.field(default_factory=list)
+    experts: list[np.ndarray] = dataclasses.field(default_factory=list)
+    """Which experts each token in the cache went to, [L, K], if somebody wants to know."""
 
     @property
     def made(self) -> int:
@@ -131,6 +135,7 @@ class Scheduler:
         sequence.pages = found + [page for page in taken if page is not None]
         sequence.group, sequence.row = group, self._free_rows[group].pop()
         sequence.filled, sequence.shared = len(found) * size, len(found)
+        sequence.experts = [one for page in found for one in pool.experts_of(page)]
         return True
 
     def _remembered(self, sequence: Sequence, pool: PagePool) -> list[int]:
@@ -138,6 +143,10 @@ class Scheduler:
         if sequence.wants_prompt_logprobs:
             return []  # every position's logits are wanted
         return pool.find(sequence.keys[: (len(sequence.tokens) - 1) // pool.size])
+
+    def forget(self) -> None:
+        """No page holds anything worth keeping any more; nothing runs and nothing waits."""
+        self.pools = [PagePool(pool.count, pool.size) for pool in self.pools]
 
     def leave(self, sequence: Sequence) -> None:
         """Give row and pages back; full pages are remembered."""
@@ -161,7 +170,8 @@ class Scheduler:
             return
         sequence.keys = page_keys(sequence.tokens[: sequence.filled], pool.size, sequence.keys)
         for number in range(sequence.shared, full):
-            pool.remember(sequence.pages[number], sequence.keys[number])
+            experts = sequence.experts[number * pool.size : (number + 1) * pool.size]
+            pool.remember(sequence.pages[number], sequence.keys[number], experts)
         sequence.shared = full
 
     @property

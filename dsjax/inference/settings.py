@@ -27,7 +27,10 @@ class EngineSettings:
     cache_tokens: int | None = None
     """Tokens that the cache holds in all; None: `rows` sequences of full length."""
     drafts: int = 1
-    """Tokens that MTP drafts a step, where the model has MTP; 0: none."""
+    """Tokens that MTP drafts a step, where the model has MTP; 0: none. How often it drafts depends
+    on how long steps take; without drafts the same requests run in the same steps every time."""
+    experts: bool = False
+    """Whether a request's last update says which experts its tokens went to."""
 
     def __post_init__(self) -> None:
         for name, low in (("rows", 1), ("context", 2), ("drafts", 0)):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.inference.sampler_state import SamplerState, record
-from dsjax.inference.sampling import logprobs, sample
+from dsjax.inference.sampling import adjusted, logprobs, sample
 from dsjax.kernels.paged_attention import Places, places_of
 from dsjax.model.decoder import Decoder, Pages
 
@@ -72,8 +72,12 @@ class StepOutputs(NamedTuple):
     drafts: Int[Array, "B M"]
     """What MTP expects to follow them."""
     logprobs: Logprobs
+    drawn_logprobs: Float[Array, "B D"]
+    """Of the tokens, in the distribution that they were drawn from."""
     prompt_logprobs: Logprobs | None
     """Of `next_tokens` at every place, [B, Q]."""
+    experts: Int[Array, "B Q L K"]
+    """Which experts each expert layer sent the tokens to that were read."""
 
 
 @lru_cache
@@ -118,10 +122,10 @@ def step(
     queries = inputs.tokens.shape[1]
     find = partial(places_of, table=inputs.table, pages=page_count, page_size=page_size)
     places = find(inputs.starts, inputs.counts, queries=queries)
-    hidden, pages = decoder.extend(inputs.tokens, pages, places)
+    hidden, pages, experts = decoder.extend(inputs.tokens, pages, places)
 
     mine = _take_rows(sampler, inputs.rows, groups)
-    tokens, valid, chances = _draw(decoder, hidden, mine, inputs, vocab_size, samples)
+    tokens, valid, chances, drawn = _draw(decoder, hidden, mine, inputs, vocab_size, samples)
     sampler = _record_rows(sampler, inputs.rows, tokens, valid, groups)
 
     ahead = jnp.zeros((tokens.shape[0], 0), jnp.int32)
@@ -132,7 +136,8 @@ def step(
     prompt = None
     if samples == 1 and queries > 1:
         prompt = _prompt_logprobs(decoder, hidden, inputs, vocab_size)
-    return pages, sampler, StepOutputs(tokens, valid, ahead, chances, prompt)
+    found = StepOutputs(tokens, valid, ahead, chances, drawn, prompt, experts)
+    return pages, sampler, found
 
 
 def _draw(
@@ -142,7 +147,7 @@ def _draw(
     inputs: StepInputs,
     vocab_size: Array,
     samples: int,
-) -> tuple[Array, Array, Logprobs]:
+) -> tuple[Array, Array, Logprobs, Array]:
     """Sample place after place, as long as what is drawn is what was read at the next place."""
     drawn, chances = [], []
     active, valid = inputs.samples, jnp.zeros_like(inputs.counts)
@@ -151,14 +156,17 @@ def _draw(
         here = jnp.take_along_axis(hidden, at[:, None, None], axis=1, mode="clip")[:, 0]
         logits = decoder.logits(here)
         token = sample(logits, sampler, vocab_size)
+        chances.append((
+            _logprobs(logits, token, vocab_size, inputs.logprobs),
+            _drawn_logprob(logits, token, sampler, vocab_size, inputs.logprobs),
+        ))  # fmt: skip
         sampler = record(sampler, token, active)
         valid += active
         drawn.append(token)
-        chances.append(_logprobs(logits, token, vocab_size, inputs.logprobs))
         read_next = jnp.take_along_axis(inputs.tokens, at[:, None] + 1, axis=1, mode="clip")[:, 0]
         active &= (at + 1 < inputs.counts) & (read_next == token)
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *chances)
-    return jnp.stack(drawn, axis=1), valid, stacked
+    return jnp.stack(drawn, axis=1), valid, *stacked
 
 
 def _draft(
@@ -232,6 +240,19 @@ def _logprobs(logits: Array, tokens: Array, vocab_size: Array, wanted: Array) ->
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute))
 
     return jax.lax.cond(wanted, compute, nothing)
+
+
+def _drawn_logprob(
+    logits: Array, tokens: Array, sampler: SamplerState, vocab_size: Array, wanted: Array
+) -> Array:
+    """Of each token in the distribution that the settings make of the logits."""
+
+    def compute() -> Array:
+        left = adjusted(logits, sampler, vocab_size)
+        chosen = jnp.take_along_axis(left, tokens[:, None], axis=1)[:, 0]
+        return chosen - jax.nn.logsumexp(left, axis=-1)
+
+    return jax.lax.cond(wanted, compute, lambda: jnp.zeros(tokens.shape))
 
 
 def _take_rows(state: SamplerState, rows: Array, groups: int) -> SamplerState:

@@ -41,9 +41,14 @@ class Block(nnx.Module):
         x: Float[Array, "B S D"],
         table: RotaryTable,
         segment_ids: Int[Array, "B S"],
+        given: Int[Array, "B S K"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
-        """Whole sequences, for training; `Routing` is None for a dense layer."""
-        return self._feed_forward(x + self.attn.expanded(self.attn_norm(x), table, segment_ids))
+        """Whole sequences, for training; `Routing` is None for a dense layer.
+
+        `given` are experts that tokens go to, whatever the router prefers.
+        """
+        attended = self.attn.expanded(self.attn_norm(x), table, segment_ids)
+        return self._feed_forward(x + attended, given)
 
     def extend(
         self,
@@ -51,16 +56,17 @@ class Block(nnx.Module):
         table: RotaryTable,
         pages: Float[Array, "G N T W"],
         places: Places,
-    ) -> tuple[Float[Array, "B Q D"], Float[Array, "G N T W"]]:
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "G N T W"], Routing | None]:
         """New tokens over the pages of their rows; returns the pages with them in."""
         attended, pages = self.attn.extend(self.attn_norm(x), table, pages, places)
-        return self._feed_forward(x + attended)[0], pages
+        x, routing = self._feed_forward(x + attended)
+        return x, pages, routing
 
-    def _feed_forward(self, x: Array) -> tuple[Array, Routing | None]:
+    def _feed_forward(self, x: Array, given: Array | None = None) -> tuple[Array, Routing | None]:
         x = constrain(x, "batch", "sequence", "residual")
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
-            y, routing = self.ffn(normed)
+            y, routing = self.ffn(normed, given)
         else:
             y, routing = self.ffn(normed), None
         return constrain(x + y, "batch", "sequence", "residual"), routing

@@ -51,14 +51,20 @@ class Decoder:
 
     def extend(
         self, tokens: Int[Array, "B Q"], pages: Pages, places: Places
-    ) -> tuple[Float[Array, "B Q D"], Pages]:
-        """Hidden states of new tokens after the final norm, and the pages with them in."""
+    ) -> tuple[Float[Array, "B Q D"], Pages, Int[Array, "B Q L K"]]:
+        """Hidden states of new tokens after the final norm, and the pages with them in.
+
+        And which experts each expert layer sent each token to.
+        """
         table = rotary_table(self.config, places.positions)
-        x, new = self._embed(tokens), []
+        x, new, experts = self._embed(tokens), [], [jnp.zeros((*tokens.shape, 0, 0), jnp.int32)]
         for block, mine in zip(self.layers, pages, strict=False):
-            x, mine = block.extend(x, table, mine, places)
+            x, mine, routing = block.extend(x, table, mine, places)
             new.append(mine)
-        return self.norm(x), (*new, *pages[len(new) :])
+            if routing is not None:
+                experts.append(routing.experts.reshape(*tokens.shape, 1, -1))
+        chosen = jnp.concatenate(experts[1:] or experts, axis=2)
+        return self.norm(x), (*new, *pages[len(new) :]), chosen
 
     def look_ahead(
         self,

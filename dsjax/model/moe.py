@@ -45,7 +45,10 @@ class ExpertStats(NamedTuple):
 
 
 def choose_experts(
-    scores: Float[Array, "T E"], bias: Float[Array, "E"] | None, config: DeepSeekConfig
+    scores: Float[Array, "T E"],
+    bias: Float[Array, "E"] | None,
+    config: DeepSeekConfig,
+    given: Int[Array, "T K"] | None = None,
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
     """Choose each token's experts by group-limited top-k; return them and their gates.
 
@@ -56,7 +59,8 @@ def choose_experts(
         g'_i = s_i if s_i + b_i in TopK(s + b), else 0;    g_i = g'_i / sum_j g'_j
 
     Differs from the paper: gates are multiplied by `routed_scaling_factor`, which the equations
-    leave out and the released weights need.
+    leave out and the released weights need; and experts that are `given`, where they are not
+    negative, are taken instead of the best.
     """
     steering = scores if bias is None else scores + bias[None]
     if config.n_group > 1:
@@ -70,6 +74,8 @@ def choose_experts(
         # -inf, never 0: biased scores can be negative, and the released code says -inf.
         steering = jnp.where(kept[:, :, None], groups, -jnp.inf).reshape(scores.shape)
     _, experts = jax.lax.top_k(steering, config.num_experts_per_tok)
+    if given is not None:
+        experts = jnp.where(given >= 0, given, experts)
     gates = jnp.take_along_axis(scores, experts, axis=1)
     if config.norm_topk_prob:
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
@@ -89,7 +95,7 @@ class Router(nnx.Module):
             )
         self.config = config
 
-    def __call__(self, x: Float[Array, "T D"]) -> Routing:
+    def __call__(self, x: Float[Array, "T D"], given: Int[Array, "T K"] | None = None) -> Routing:
         """Score and choose in float32 at full precision, whatever the dtype of x."""
         logits = jax.lax.dot_general(
             x.astype(jnp.float32),
@@ -102,7 +108,7 @@ class Router(nnx.Module):
         else:
             scores = jax.nn.softmax(logits, axis=-1)
         bias = use(self.bias, jnp.float32) if self.config.has_router_bias else None
-        return Routing(scores, *choose_experts(scores, bias, self.config))
+        return Routing(scores, *choose_experts(scores, bias, self.config, given))
 
 
 class Experts(nnx.Module):
@@ -165,10 +171,15 @@ class MoE(nnx.Module):
             )
         self.config = config
 
-    def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], Routing]:
-        """The layer's output, and the routing from which `expert_stats` counts."""
+    def __call__(
+        self, x: Float[Array, "B S D"], given: Int[Array, "B S K"] | None = None
+    ) -> tuple[Float[Array, "B S D"], Routing]:
+        """The layer's output, and the routing from which `expert_stats` counts.
+
+        `given` is what `choose_experts` takes.
+        """
         flat = x.reshape(-1, x.shape[-1])
-        routing = self.router(flat)
+        routing = self.router(flat, None if given is None else given.reshape(len(flat), -1))
         y = constrain(self.experts(flat, routing).reshape(x.shape), "batch", "sequence", "residual")
         return (y + self.shared(x) if self.config.n_shared_experts else y), routing
 

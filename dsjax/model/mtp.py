@@ -69,7 +69,8 @@ class MTPModule(nnx.Module):
         places: Places,
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "G N T W"]]:
         """h^k of new tokens, over pages of this module's own."""
-        return self.block.extend(self._joined(embedded, hidden), table, pages, places)
+        x, pages, _ = self.block.extend(self._joined(embedded, hidden), table, pages, places)
+        return x, pages
 
     def _joined(self, embedded: Array, hidden: Array) -> Array:
         both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)

@@ -108,6 +108,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
         *,
+        experts: Int[Array, "B S L K"] | None = None,
         remat: Remat = "keep_all",
     ) -> Output:
         """Run the main model.
@@ -117,6 +118,8 @@ class Transformer(nnx.Module):
             positions: place of each token in its document; None counts from each segment's start.
             segment_ids: which document a token belongs to; attention stays within it. 0 is
                 padding. None: every row is one document.
+            experts: which experts each expert layer sends each token to, where the router's choice
+                in another run is to be repeated; negative where it is free.
             remat: what the backward pass finds in memory.
         """
         if segment_ids is None:
@@ -126,9 +129,12 @@ class Transformer(nnx.Module):
         table = rotary_table(self.config, sequence_part(positions))
         mine = sequence_part(segment_ids)
 
-        def layer(x: Array, block: Block) -> tuple[Array, ExpertStats | None]:
+        def layer(
+            x: Array, block_and_given: tuple[Block, Array | None]
+        ) -> tuple[Array, ExpertStats | None]:
+            block, given = block_and_given
             x = checkpoint_name(x, _LAYER_INPUT)
-            x, routing = block(x, table, mine)
+            x, routing = block(x, table, mine, given)
             stats = None if routing is None else expert_stats(routing, mine > 0)
             return x, stats
 
@@ -136,9 +142,10 @@ class Transformer(nnx.Module):
         x = self._embed(sequence_part(tokens))
         stats: Any = _no_stats(self.config)
         if self.dense_layers is not None:
-            x, _ = jax.lax.scan(layer, x, self.dense_layers)
+            x, _ = jax.lax.scan(layer, x, (self.dense_layers, None))
         if self.moe_layers is not None:
-            x, stats = jax.lax.scan(layer, x, self.moe_layers)
+            given = None if experts is None else jnp.moveaxis(sequence_part(experts), 2, 0)
+            x, stats = jax.lax.scan(layer, x, (self.moe_layers, given))
         return Output(self, tokens, positions, segment_ids, self.norm(x), *stats)
 
     def look_ahead(self, out: Output, *, remat: Remat = "keep_all") -> Ahead:

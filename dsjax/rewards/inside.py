@@ -44,6 +44,7 @@ def run_program(code: str, stdin: str, output: int) -> None:
 
 def load_program(code: str, name: str) -> dict[str, Any]:
     """Execute source as the module `name`; returns its names."""
+    os.environ.clear()
     module = types.ModuleType(name)
     sys.modules[name] = module
     sys.argv = ["answer.py"]

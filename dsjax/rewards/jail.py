@@ -73,6 +73,10 @@ class Jail:
             namespaces.map_user(self._pid)
             self._control.send(b"m")
 
+    def fileno(self) -> int:
+        """Can be read from once there is an outcome."""
+        return self._result
+
     def wait(self) -> Outcome:
         """Wait until it ended."""
         with os.fdopen(self._result, "rb") as result:
@@ -97,12 +101,14 @@ def _guard(
     """The guardian's life: build the jail, start the work in it, watch it, tell the outcome."""
     result, control, *kept = keep
     try:
-        outcome = _imprison(work, limits, view, control, [result, *kept])
-    except OSError as error:
-        outcome = Outcome(UNISOLATED, namespaces.why_not(error).encode())
-    with os.fdopen(result, "wb") as file:
-        file.write(outcome.packed())
-    os._exit(0)
+        try:
+            outcome = _imprison(work, limits, view, control, [result, *kept])
+        except OSError as error:
+            outcome = Outcome(UNISOLATED, namespaces.why_not(error).encode())
+        with os.fdopen(result, "wb") as file:
+            file.write(outcome.packed())
+    finally:
+        os._exit(0)  # whatever happened: above are the frames of the keeper's own life
 
 
 def _imprison(
@@ -139,27 +145,26 @@ def _work(
 ) -> NoReturn:
     """Become harmless, then work."""
     write, fail, *kept = keep
-    try:
-        namespaces.die_with_parent()
-        _close_all_but(write, fail, *kept)
-        limits.apply()
-        namespaces.drop_rights()
-        seccomp.restrict(network)
-    except OSError as error:
-        os.write(fail, namespaces.why_not(error).encode())
-        os._exit(1)
-    os.close(fail)
     code = 1
     try:
+        try:
+            namespaces.die_with_parent()
+            _close_all_but(write, fail, *kept)
+            limits.apply()
+            namespaces.drop_rights()
+            seccomp.restrict(network)
+        except OSError as error:
+            os.write(fail, namespaces.why_not(error).encode())
+            raise
+        os.close(fail)
         work(write)
         code = 0
     except SystemExit as left:
         code = 0 if left.code in (None, 0) else 1
     except MemoryError:
         code = _OUT_OF_MEMORY
-    except BaseException:
-        code = 1  # what the work raised is its own affair: it is a crash
-    os._exit(code)
+    finally:
+        os._exit(code)  # what the work raised is its own affair: it is a crash
 
 
 def _watch(pid: int, output: int, control: socket.socket, limits: Limits) -> Outcome:
@@ -167,11 +172,11 @@ def _watch(pid: int, output: int, control: socket.socket, limits: Limits) -> Out
     written = bytearray()
     killed = ""
     deadline = time.monotonic() + limits.wall_seconds
-    ended = os.pidfd_open(pid)
+    ended = namespaces.open_process(pid)
     waiting = [output, ended, control.fileno()]
     while not killed:
         ready, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
+        if time.monotonic() >= deadline:  # looked at first: output may come for ever, in drops
             killed = TIME
         elif control.fileno() in ready:
             killed = CRASH  # nobody waits for it any more

@@ -14,6 +14,7 @@ import errno
 import os
 import resource
 import signal
+import stat
 import sys
 import sysconfig
 from pathlib import Path
@@ -41,11 +42,15 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 32, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 # The same numbers on every architecture; the last one came with Linux 5.12.
+_SYS_PIDFD_OPEN = 434
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 _PR_SET_PDEATHSIG = 1
 _CAPABILITIES_V3 = 0x20080522
+_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
+_NAMES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl")
+"""What turns a machine's name into an address, and certificates."""
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,9 +58,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What of the machine can be seen inside: folders to read, folders in them that look empty."""
+    """What of the machine can be seen inside: places to read, folders in them that look empty."""
 
-    folders: tuple[str, ...]
+    places: tuple[str, ...]
     hidden: tuple[str, ...] = ()
     network: bool = False
 
@@ -69,15 +74,16 @@ def standard_library() -> View:
     paths = sysconfig.get_paths(vars={"base": base, "platbase": base})
     packages = {paths["purelib"], paths["platlib"], *map(str, Path("/usr/lib").glob("python3*/*"))}
     hidden = [path for path in packages if path.endswith("-packages") and os.path.isdir(path)]
-    folders = {"/usr/lib", "/lib", "/lib64", f"{base}/lib", paths["stdlib"], paths["platstdlib"]}
-    return View(tuple(sorted(filter(os.path.isdir, folders))), tuple(sorted(hidden)))
+    places = {*_LIBRARIES, f"{base}/lib", paths["stdlib"], paths["platstdlib"]}
+    return View(tuple(sorted(filter(os.path.isdir, places))), tuple(sorted(hidden)))
 
 
 def installed_packages(*more: str, network: bool = False) -> View:
-    """The same with all installed packages, and `more` folders."""
+    """The same with all installed packages, and `more` folders; with what finds other machines."""
     installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *more}
-    folders = {*standard_library().folders, *filter(os.path.isdir, installed)}
-    return View(tuple(sorted(folders)), network=network)
+    names = _NAMES if network else ()
+    places = {*standard_library().places, *filter(os.path.exists, (*installed, *names))}
+    return View(tuple(sorted(places)), network=network)
 
 
 def _call(step: str, *arguments: object, function: str | None = None) -> None:
@@ -118,17 +124,30 @@ def become_nobody() -> None:
     os.setresuid(INSIDE, INSIDE, INSIDE)
 
 
-def take(view: View) -> dict[str, int]:
-    """Copies of the mounts that `view` shows, by their place.
+def take(view: View) -> dict[str, int | str]:
+    """What `view` shows, by its place: copies of mounts, and links to what is shown elsewhere.
 
     Taken before `become_nobody`, who need not be able to walk to them: an interpreter may live in
     somebody's home, of which nothing else is shown then.
     """
-    places = [*_apart(view.folders), *_DEVICES]
-    return {place: _open_tree(place) for place in places}
+    taken: dict[str, int | str] = {}
+    places = [*view.places, *_DEVICES]
+    shown = {place for place in places if not os.path.islink(place)}
+    for place in places:
+        real = os.path.realpath(place)
+        if place not in shown and _is_shown(real, shown):
+            taken[place] = real
+        elif not _is_shown(os.path.dirname(place), shown):
+            taken[place] = _open_tree(place)
+    return taken
 
 
-def build_root(view: View, taken: dict[str, int]) -> None:
+def _is_shown(place: str, shown: set[str]) -> bool:
+    """Whether it is one of the places, or lies in one."""
+    return any(place == other or place.startswith(f"{other}/") for other in shown)
+
+
+def build_root(view: View, taken: dict[str, int | str]) -> None:
     """Exchange the root folder for one that holds `view` alone; the working folder is SCRATCH."""
     quiet = _MS_NOSUID | _MS_NODEV
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
@@ -139,10 +158,11 @@ def build_root(view: View, taken: dict[str, int]) -> None:
     _call("umount2", b"/old", _MNT_DETACH)
     os.rmdir("/old")
     for place, tree in taken.items():
-        _attach(tree, place)
-    for link in set(view.folders) - taken.keys():
-        if not os.path.exists(link):
-            os.symlink(f"usr{link}", link)
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        if isinstance(tree, str):
+            os.symlink(tree, place)
+        else:
+            _attach(tree, place)
     for folder in view.hidden:
         if os.path.isdir(folder):
             _mount("tmpfs", folder, "tmpfs", quiet | _MS_RDONLY, "size=4k,mode=555")
@@ -151,12 +171,6 @@ def build_root(view: View, taken: dict[str, int]) -> None:
     _mount("tmpfs", SCRATCH, "tmpfs", quiet | _MS_NOEXEC, size)
     _mount("none", "/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | quiet)
     os.chdir(SCRATCH)
-
-
-def _apart(folders: tuple[str, ...]) -> list[str]:
-    """Real folders of which none lies in another: with it, it is shown anyway."""
-    real = sorted(folder for folder in folders if not os.path.islink(folder))
-    return [folder for folder in real if not any(folder.startswith(f"{other}/") for other in real)]
 
 
 def _open_tree(place: str) -> int:
@@ -170,13 +184,11 @@ def _open_tree(place: str) -> int:
 
 def _attach(tree: int, place: str) -> None:
     """Mount it there, read-only; a device can be written to all the same."""
-    if place in _DEVICES:
-        os.makedirs("/dev", exist_ok=True)
-        Path(place).touch()
-        attributes = _MS_RDONLY | _MS_NOSUID
+    if stat.S_ISDIR(os.fstat(tree).st_mode):
+        os.mkdir(place)
     else:
-        os.makedirs(place, exist_ok=True)
-        attributes = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
+        Path(place).touch()
+    attributes = _MS_RDONLY | _MS_NOSUID | (0 if place in _DEVICES else _MS_NODEV)
     wanted = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
     flags = _AT_EMPTY_PATH | _AT_RECURSIVE
     arguments = (tree, b"", flags, wanted, ctypes.sizeof(wanted))
@@ -200,6 +212,17 @@ def drop_rights() -> None:
 def die_with_parent() -> None:
     """Be killed when the process that made this one ends."""
     _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def open_process(pid: int) -> int:
+    """A descriptor that can be read from once the process ended.
+
+    `os.pidfd_open` is missing where Python was built on an old system.
+    """
+    descriptor = _libc.syscall(_SYS_PIDFD_OPEN, pid, 0)
+    if descriptor < 0:
+        _fail("pidfd_open")
+    return descriptor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +251,8 @@ class Limits:
             resource.RLIMIT_MSGQUEUE: 0,
         }
         for bound, value in bounds.items():
+            _, most = resource.getrlimit(bound)
+            value = value if most == resource.RLIM_INFINITY else min(value, most)
             resource.setrlimit(bound, (value, value))
 
 

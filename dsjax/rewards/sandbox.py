@@ -60,6 +60,7 @@ class Keeper:
             [*command, *self._command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us, who may want to finish a step
             pass_fds=[theirs.fileno()],
             env=kept
             | {

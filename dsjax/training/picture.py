@@ -30,7 +30,7 @@ def draw_run(records: list[Record], path: Path, title: str) -> None:
     _line(axes[1, 0], millions, [r["learning_rate"] for r in steps], "learning rate")
     _line(axes[1, 1], millions, [r["tokens_per_second"] for r in steps], "tokens per second")
     axes[1, 1].set_ylim(bottom=0)
-    _line(axes[1, 2], millions, _numbers(steps, "grad_norm"), "gradient norm")
+    _line(axes[1, 2], millions, numbers(steps, "grad_norm"), "gradient norm")
     axes[1, 2].set_yscale("log")
     # Plain numbers: a formula such as 10^2 looks up twenty fonts, with a warning for each missing.
     axes[1, 2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -44,13 +44,13 @@ def draw_run(records: list[Record], path: Path, title: str) -> None:
 def _losses(ax: Axes, steps: list[Record], held_out: list[Record], x: np.ndarray) -> None:
     mtp = np.array([np.mean(r["mtp_loss"]) if r["mtp_loss"] else np.nan for r in steps])
     if np.isfinite(mtp).any():
-        ax.plot(x, _smooth(mtp), color=INK, lw=1, label="MTP")
-    loss = _numbers(steps, "loss")
+        ax.plot(x, smooth(mtp), color=INK, lw=1, label="MTP")
+    loss = numbers(steps, "loss")
     ax.plot(x, loss, color=ACCENT, lw=0.4, alpha=0.35)
-    _line(ax, x, _smooth(loss), "loss, nats per token", label="next token")
+    _line(ax, x, smooth(loss), "loss, nats per token", label="next token")
     if held_out:
         tokens = [r["tokens"] / 1e6 for r in held_out]
-        ax.plot(tokens, _numbers(held_out, "held_out_loss"), "o-", ms=3, color=SECOND,
+        ax.plot(tokens, numbers(held_out, "held_out_loss"), "o-", ms=3, color=SECOND,
                 label="held out")  # fmt: skip
     ax.legend(frameon=False, fontsize=8)
 
@@ -91,7 +91,7 @@ def _line(
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _smooth(y: np.ndarray) -> np.ndarray:
+def smooth(y: np.ndarray) -> np.ndarray:
     """Mean of the finite values within a hundredth of the run to either side."""
     window = np.ones(2 * (len(y) // 100) + 1)
     finite = np.isfinite(y)
@@ -100,5 +100,6 @@ def _smooth(y: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _numbers(records: list[Record], name: str) -> np.ndarray:
+def numbers(records: list[Record], name: str) -> np.ndarray:
+    """One figure of every record; NaN where it was not finite."""
     return np.array([np.nan if r[name] is None else r[name] for r in records], float)

@@ -27,7 +27,7 @@ import yaml
 from rich.console import Console
 
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
-from dsjax.config import PretrainConfig
+from dsjax.config import PretrainConfig, RunConfig
 from dsjax.data.held_out import HeldOutRows, held_out_rows
 from dsjax.data.pipeline import TrainingIterator, sample_texts, training_iterator
 from dsjax.data.sources import Corpus, open_corpus
@@ -131,7 +131,7 @@ def _write_beginning(config: PretrainConfig, folder: Path, tokenizer: Tokenizer)
     tokenizer.save(folder / "tokenizer")
 
 
-def make_layout(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Layout:
+def make_layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
     """The mesh of a run over all devices, or these, and its rule table.
 
     Raises:

@@ -22,6 +22,8 @@ class Display:
         self._console = console
         self._total = total
         self._bar: Progress | None = None
+        self._last_line = 0.0
+        self._start: tuple[float, int] | None = None
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.fields[text]}"),
@@ -45,32 +47,31 @@ class Display:
         """One line above the bar."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def show(self, done: int, text: str) -> None:
+        """How much is done; without a terminal a line with the time left, now and then."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, text=text)
+            return
+        now = time.monotonic()
+        if self._start is None:  # compiling is over, and so is the first, slow step
+            self._start = now, done
+        if now - self._last_line >= PLAIN_SECONDS or done >= self._total:
+            self._last_line = now
+            began, first = self._start
+            speed = (done - first) / max(now - began, 1e-9)
+            left = f"  {max(self._total - done, 0) / speed:.0f} s left" if speed else ""
+            self.say(f"{text}  {done / self._total:.0%}{left}")
+
 
 class ProgressDisplay(Display):
     """Progress in tokens, with loss, throughput, MaxVio and the time left."""
-
-    def __init__(self, total_tokens: int, done_tokens: int, console: Console) -> None:
-        super().__init__(total_tokens, done_tokens, console)
-        self._last_line = 0.0
-        self._start: tuple[float, int] | None = None
 
     def update(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Show a finished step."""
         worst = values.get("max_violation_worst")
         balance = "" if worst is None else f"MaxVio {worst:.2f}  "
-        text = (
+        self.show(
+            tokens,
             f"step {step}  loss {values['loss']:.3f}  {balance}"
-            f"{values['tokens_per_second']:,.0f} tokens/s"
+            f"{values['tokens_per_second']:,.0f} tokens/s",
         )
-        if self._bar:
-            self._bar.update(self._task, completed=tokens, text=text)
-            return
-        now = time.monotonic()
-        if self._start is None:  # compiling is over, and so is the first, slow step
-            self._start = now, tokens
-        if now - self._last_line >= PLAIN_SECONDS or tokens >= self._total:
-            self._last_line = now
-            began, first = self._start
-            speed = (tokens - first) / max(now - began, 1e-9)
-            left = f"  {max(self._total - tokens, 0) / speed:.0f} s left" if speed else ""
-            self.say(f"{text}  {tokens / self._total:.0%}{left}")

@@ -261,3 +261,63 @@ def test_sampling_parameters_outside_their_range_are_refused(settings: dict) -> 
     [name] = settings
     with pytest.raises(UserError, match=name):
         SamplingParams(**{"max_tokens": 16} | settings)
+
+
+def test_drawn_log_probabilities_are_those_of_the_distribution_that_was_drawn_from(
+    random_model: Transformer, plain: Engine
+) -> None:
+    """Temperature, then top-p over what is left, computed in numpy from one pass over all."""
+    settings = {"temperature": 0.7, "top_p": 0.9, "logprobs": 0, "ignore_eos": True}
+    prompts = make_prompts(6)
+    found = run(plain, greedy(prompts, **settings))
+    for number, prompt in enumerate(prompts):
+        one = found[str(number)]
+        logits = whole_logits(random_model, [*prompt, *one.tokens]).astype(np.float64)
+        drawn = [value for update in one.updates for value in update.drawn_logprobs]
+        assert len(drawn) == len(one.tokens) == NEW
+        for place, (token, value) in enumerate(zip(one.tokens, drawn, strict=True)):
+            row = logits[len(prompt) - 1 + place] / 0.7
+            chances = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+            order = np.argsort(-chances)
+            kept = order[: np.searchsorted(chances[order].cumsum(), 0.9) + 1]
+            assert value == pytest.approx(np.log(chances[token] / chances[kept].sum()), abs=1e-3)
+
+
+def test_the_experts_of_every_token_are_told_whatever_was_found_in_the_cache(
+    random_model: Transformer,
+) -> None:
+    """A second time the prompt's pages are there already; with few pages some have to wait."""
+    prompts = make_prompts(6, shared=64)
+    told = []
+    for room in (None, CONTEXT + 64):
+        settings = EngineSettings(
+            rows=4, context=CONTEXT, drafts=0, experts=True, cache_tokens=room
+        )
+        engine = Engine(random_model, settings)
+        for _ in range(2):
+            found = run(engine, greedy(prompts))
+            told.append([found[str(n)].updates[-1].experts for n in range(len(prompts))])
+            assert all(u.experts is None for one in found.values() for u in one.updates[:-1])
+        assert engine.stats().prefix_hits > 0
+    assert engine.stats().preempted > 0
+    for number, prompt in enumerate(prompts):
+        first = told[0][number]
+        assert first is not None and first.shape == (len(prompt) + NEW - 1, 2, 3)
+        for other in told[1:]:
+            np.testing.assert_array_equal(other[number], first)
+
+
+def test_an_engine_goes_on_with_other_weights_and_remembers_nothing_of_the_old(
+    random_model: Transformer,
+) -> None:
+    prompts = make_prompts(4, shared=64)
+    engine = Engine(random_model, SETTINGS)
+    before = tokens_of(run(engine, greedy(prompts)))
+    other = jax.tree.map(lambda x: x, random_model)
+    other.embed.weight[...] = other.embed.weight[...][:, ::-1]
+    engine.take(other)
+    after = tokens_of(run(engine, greedy(prompts)))
+    assert after == tokens_of(run(Engine(other, SETTINGS), greedy(prompts))) != before
+    engine.submit(greedy(prompts)[0])
+    with pytest.raises(UserError, match="let them finish"):
+        engine.take(random_model)

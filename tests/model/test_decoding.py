@@ -39,7 +39,7 @@ def extend(
     places = places_of(
         starts, counts, jnp.asarray(TABLE), queries=tokens.shape[1], pages=COUNT, page_size=PAGE
     )
-    hidden, pages = decoder.extend(tokens, pages, places)
+    hidden, pages, _ = decoder.extend(tokens, pages, places)
     if ahead:
         hidden, pages = decoder.look_ahead(follow, hidden, pages, places)
     return hidden, pages

@@ -145,7 +145,7 @@ def test_decoding_is_bitwise_that_of_the_widened_model(
             pages=2 * ROWS,
             page_size=16,
         )
-        hidden, pages = decoder.extend(jnp.asarray(part), pages, places)
+        hidden, pages, _ = decoder.extend(jnp.asarray(part), pages, places)
         return decoder.logits(hidden[:, -1]), pages
 
     found = []

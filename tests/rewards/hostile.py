@@ -9,6 +9,9 @@ LOOPS = {
     "endless loop": "while True: pass",
     "endless sleep": "import time; time.sleep(1e9); print(5)",
     "endless sleep, all closed": "import os, time; os.closerange(0, 99); time.sleep(1e9)",
+    "output in drops": """
+import time
+while True: print(5, flush=True); time.sleep(0.01)""",
     "signals ignored": """
 import signal
 for number in range(1, 65):

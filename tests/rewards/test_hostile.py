@@ -1,5 +1,6 @@
 """Hostile answers, as root where the tests run as root: no harm, none rewarded, none stops it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hostile
@@ -67,7 +68,8 @@ class World:
             listening.settimeout(0)
             with pytest.raises(BlockingIOError):
                 listening.accept()
-        assert jailed() == []
+        left = jailed()  # or another test's, which will end too
+        wait_until(lambda: left.isdisjoint(jailed()))
 
     def close(self) -> None:
         signal.signal(signal.SIGTERM, self._before)
@@ -75,17 +77,27 @@ class World:
         self.abstract.close()
 
 
-def jailed() -> list[int]:
-    """Processes of this machine that live in another family of processes than we do."""
+def jailed() -> set[int]:
+    """Processes of this machine that live with another family of users than we do."""
     ours = os.readlink("/proc/self/ns/user")
-    found = []
+    found = set()
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and os.readlink(entry / "ns/user") != ours:
-                found.append(int(entry.name))
+                found.add(int(entry.name))
         except OSError:
             continue  # it ended, or is none of ours
     return found
+
+
+def children(parents: set[int]) -> set[int]:
+    """Processes that these started, and those that they started in turn."""
+    found = set()
+    for parent in parents:
+        with contextlib.suppress(OSError):
+            listed = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+            found |= {int(child) for child in listed.split()}
+    return found | children(found) if found else found
 
 
 @pytest.fixture
@@ -176,6 +188,35 @@ def test_an_attack_that_is_safe_to_try_works_outside_of_a_jail(kind: str, name: 
         [sys.executable, "-c", source], cwd=world.canary.parent, capture_output=True, timeout=60
     )
     assert b"5" in done.stdout.split(), done.stderr
+
+
+KILLED = """
+from dsjax.config_rewards import CodeReward
+from dsjax.rewards.answer import Answer
+from dsjax.rewards.score import Scorer
+text = "`" * 3 + "python\\nimport time; time.sleep(1e9)\\n" + "`" * 3
+with Scorer([CodeReward(seconds=99)], workers=1) as scorer:
+    print("ready", flush=True)
+    scorer.score([Answer("", text, 9, False, {"tests": [{"input": "", "output": ""}]})])
+"""
+
+
+def test_when_the_scorer_is_killed_its_jails_end():
+    run = subprocess.Popen([sys.executable, "-c", KILLED], cwd=HOUSE, stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"ready\n"
+    wait_until(lambda: bool(jailed() & children({run.pid})))
+    ours = jailed() & children({run.pid})
+    run.kill()
+    run.communicate()
+    wait_until(lambda: ours.isdisjoint(jailed()))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.slow

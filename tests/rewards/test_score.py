@@ -22,6 +22,7 @@ from dsjax.config_rewards import (
     RewardConfig,
 )
 from dsjax.errors import UserError
+from dsjax.rewards import keeper
 from dsjax.rewards.answer import Answer
 from dsjax.rewards.score import Scorer
 
@@ -307,9 +308,34 @@ def test_a_file_of_no_use_is_one_line(source: str | None, said: str, tmp_path: P
     assert said in str(raised.value)
 
 
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dsjax\[post\]'"):
+        keeper._mathematics()
+
+
 # ---------------------------------------------------------------------------------------------
 # The machine
 # ---------------------------------------------------------------------------------------------
+
+NARROW = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+from dsjax.config_rewards import CodeReward
+from dsjax.rewards.answer import Answer
+from dsjax.rewards.score import Scorer
+text = "`" * 3 + "python\\nprint(5)\\n" + "`" * 3
+with Scorer([CodeReward()], workers=1) as scorer:
+    print(scorer.score([Answer("", text, 9, False, {"tests": [{"input": "", "output": "5"}]})]))
+"""
+
+
+def test_a_user_who_has_less_than_a_jail_may_have_gets_that():
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW], cwd=HOUSE, capture_output=True, text=True, timeout=60
+    )
+    assert "total=1.0" in done.stdout, done.stderr
+
 
 REFUSING = """
 import ctypes, os

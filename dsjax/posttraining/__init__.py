@@ -1,0 +1,1 @@
+"""What makes a base model reason: reinforcement learning, and what it learns from."""

@@ -1,0 +1,244 @@
+"""Reinforcement learning from a configuration to a finished run directory.
+
+run_dir/config.yaml        the resolved configuration
+run_dir/tokenizer/         that of the checkpoint, with its chat template
+run_dir/checkpoints/       the newest saves, as in pre-training; the reference is in them
+run_dir/metrics.jsonl      one record a step, and one an evaluation
+run_dir/tensorboard/       the same numbers
+run_dir/rewards.png        the picture
+run_dir/summary.json       what the run ended with
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+from rich.console import Console
+
+from dsjax.checkpoint.load import load
+from dsjax.checkpoint.source import read_folder_config
+from dsjax.checkpoint.store import CheckpointStore, abstract_on
+from dsjax.config_grpo import GrpoRunConfig
+from dsjax.data.chat_template import read_chat_template
+from dsjax.data.tokenizer import find_tokenizer, load_tokenizer, train_tokenizer
+from dsjax.errors import UserError
+from dsjax.model.layers import tree_shardings
+from dsjax.model.transformer import Transformer
+from dsjax.places import as_path
+from dsjax.posttraining.grpo_loop import GrpoLoop, Language, Progress
+from dsjax.posttraining.grpo_picture import draw_rewards
+from dsjax.posttraining.policy_step import init_policy
+from dsjax.posttraining.prompts import Questions, open_questions
+from dsjax.rewards.score import Scorer
+from dsjax.small_files import write_whole
+from dsjax.training.bucket_metrics import open_log, read_records
+from dsjax.training.host_memory import keep_freed_memory
+from dsjax.training.pretrain import make_layout
+from dsjax.training.signals import catch_termination
+from dsjax.training.step import TrainState
+from sharding.distributed import is_alone, processes
+from sharding.rules import Layout, use_layout
+
+BYTES = "bytes"
+"""The name of a tokenizer that needs no file."""
+_BYTES_AND_SPECIAL = 261
+
+
+def grpo(config: GrpoRunConfig, console: Console) -> None:
+    """Learn from rewards, or go on learning, until `training.max_steps` are taken.
+
+    Leaves with exit code 128 + signal after saving when SIGTERM or SIGINT arrives, and with 1 when
+    `training.max_bad_steps` steps in a row are not finite.
+
+    Raises:
+        UserError: the configuration, a question, a reward, the checkpoint or the run directory
+            cannot be used. Nothing has been written then.
+    """
+    with processes(config.distributed):
+        if not is_alone():
+            raise UserError("task=grpo runs in one process: decoding in several is not there yet")
+        _grpo(config, console)
+
+
+def _grpo(config: GrpoRunConfig, console: Console) -> None:
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+    layout = make_layout(config)
+    for name, path in (("init", config.init), ("grpo.reference", config.grpo.reference)):
+        _check_same_model(config, name, path)
+    language = _language(config)
+    folder = as_path(config.run_dir)
+    with ExitStack() as stack:
+        scorer = stack.enter_context(Scorer(config.rewards))
+        questions = _questions(config, scorer, language)
+        store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
+        stack.enter_context(closing(store))
+        stack.enter_context(use_layout(layout))
+        termination = stack.enter_context(catch_termination())
+        state, reference, progress = _begin(config, layout, store, console)
+        _write_beginning(config, folder, language)
+        log = stack.enter_context(closing(open_log(folder, progress.step)))
+        asked = (language, questions, scorer)
+        told = (store, log, console, termination)
+        loop = GrpoLoop(config, layout, state, reference, progress, *asked, *told)
+        loop.run()
+    if loop.exit_code is not None:
+        sys.exit(loop.exit_code)
+    _finish(config, folder, console)
+
+
+def _language(config: GrpoRunConfig) -> Language:
+    """The tokenizer of the checkpoint or the given one, and the chat template beside it."""
+    where = config.tokenizer or config.init
+    if where is None:
+        raise UserError(
+            "random weights have no tokenizer; give `tokenizer`: a folder that has one, or bytes"
+        )
+    if where == BYTES:
+        home, tokenizer = None, train_tokenizer([], _BYTES_AND_SPECIAL)
+    else:
+        home = find_tokenizer(where).parent
+        tokenizer = load_tokenizer(home)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"tokenizer={where}: it has {tokenizer.vocab_size} entries, the model's vocab_size is "
+            f"{config.model.vocab_size}; they do not belong together"
+        )
+    if tokenizer.eos_id != config.model.eos_token_id:
+        raise UserError(
+            f"tokenizer={where}: its eos is {tokenizer.eos_id}, the model's eos_token_id is "
+            f"{config.model.eos_token_id}; answers would not end where they should"
+        )
+    return Language(tokenizer, None if home is None else read_chat_template(home, tokenizer), home)
+
+
+def _questions(config: GrpoRunConfig, scorer: Scorer, language: Language) -> Questions:
+    """All questions, each of which can be asked."""
+    questions = open_questions(config.prompts, scorer.check, config.seed)
+    longest = config.training.sequence_length - config.sampling.max_tokens
+    questions.check(language.tokenizer, language.template, longest)
+    if config.evaluation is not None and not questions.held_out(1):
+        raise UserError(
+            f"evaluation: no question of {config.prompts.path} is held out; raise "
+            "prompts.held_out_fraction, or leave evaluation out"
+        )
+    return questions
+
+
+def _begin(
+    config: GrpoRunConfig, layout: Layout, store: CheckpointStore, console: Console
+) -> tuple[TrainState, Transformer | None, Progress]:
+    """What the newest sound checkpoint holds, or the beginning."""
+    placed = saved_state(config, layout)
+    restored = store.restore(placed)
+    if restored is not None:
+        step, arrays, extra = restored
+        _say(console, f"resuming {config.run_dir} at step {step:,}")
+        reference = arrays.pop("reference")
+        return TrainState(**arrays), reference, Progress(**extra["progress"])
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    if config.init is None:
+        model = jax.jit(partial(_random, config), out_shardings=shardings["model"])()
+    else:
+        model = _load(config, config.init, shardings["model"], layout)
+    own = TrainState(**{name: shardings[name] for name in TrainState._fields})
+    begin = jax.jit(partial(init_policy, config), out_shardings=own, donate_argnums=0)
+    state = begin(model)
+    if config.grpo.kl_weight == 0:
+        return state, None, Progress()
+    if config.grpo.reference is not None:
+        return state, _load(config, config.grpo.reference, shardings["model"], layout), Progress()
+    # A copy: the step gives the policy's own memory away.
+    return state, jax.tree.map(jnp.copy, state.model), Progress()
+
+
+def saved_state(config: GrpoRunConfig, layout: Layout) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of what a checkpoint of this run holds."""
+    abstract = jax.eval_shape(lambda: init_policy(config, _random(config)))
+    placed = abstract_on(abstract, tree_shardings(abstract, layout))
+    reference = placed.model if config.grpo.kl_weight > 0 else None
+    return placed._asdict() | {"reference": reference}
+
+
+def _random(config: GrpoRunConfig) -> Transformer:
+    key, dtype = jax.random.key(config.seed), config.training.compute_dtype
+    return Transformer(config.model, key, dtype=dtype)
+
+
+def _load(config: GrpoRunConfig, path: str, shardings: Any, layout: Layout) -> Transformer:
+    """A checkpoint's weights in float32, laid out as training has them."""
+    model = load(path, jnp.float32, layout.mesh)
+    model.dtype = jnp.dtype(config.training.compute_dtype)
+    return jax.device_put(model, shardings)
+
+
+def _check_same_model(config: GrpoRunConfig, name: str, path: str | None) -> None:
+    """A checkpoint must have the architecture of the policy, and speak of the same tokens."""
+    if path is None:
+        return
+    other, own = read_folder_config(as_path(path)).model_dump(), config.model.model_dump()
+    for key in ("vocab_size", *own):
+        if other.get(key) != own[key]:
+            raise UserError(
+                f"{name}={path}: its {key} is {other.get(key)}, the policy's {own[key]}; "
+                "choose a checkpoint of the same model"
+            )
+
+
+def _write_beginning(config: GrpoRunConfig, folder: Path, language: Language) -> None:
+    settings = config.model_dump(exclude={"distributed"})
+    write_whole(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+    own = folder / "tokenizer"
+    if language.home is None:
+        language.tokenizer.save(own)
+        return
+    own.mkdir(exist_ok=True)
+    for file in language.home.iterdir():
+        if file.name in _LANGUAGE_FILES:
+            write_whole(own / file.name, file.read_bytes())
+
+
+_LANGUAGE_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tiktoken.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+}
+
+
+def _finish(config: GrpoRunConfig, folder: Path, console: Console) -> None:
+    records = read_records(folder)
+    draw_rewards(records, folder / "rewards.png", folder.name)
+    steps = [record for record in records if "reward" in record]
+    evaluated = [record for record in records if "held_out_pass_at_1" in record]
+    summary: dict[str, Any] = {"steps": steps[-1]["step"], "tokens": steps[-1]["tokens"]}
+    summary |= {f"first_{k}": v for k, v in _held_out(evaluated[:1]).items()}
+    summary |= _held_out(evaluated[-1:])
+    seconds = {key: sum(r[f"{key}_seconds"] for r in steps) for key in _SHARES}
+    total = sum(seconds.values())
+    summary |= {f"{key}_share": value / total for key, value in seconds.items()}
+    write_whole(folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
+    for name, value in summary.items():
+        _say(console, f"{name.replace('_', ' '):32} {value:,.4g}")
+    _say(console, f"run directory: {folder}")
+
+
+_SHARES = ("sampling", "scoring", "training")
+
+
+def _held_out(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {k: v for record in records for k, v in record.items() if k.startswith("held_out")}
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

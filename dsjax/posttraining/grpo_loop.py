@@ -1,0 +1,342 @@
+"""Reinforcement learning while it runs: questions, answers, rewards, steps, records and saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from dsjax.checkpoint.store import CheckpointStore
+from dsjax.config import schedule_value
+from dsjax.config_grpo import GrpoRunConfig
+from dsjax.data.chat_template import ChatTemplate
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.model.transformer import Transformer
+from dsjax.posttraining.advantages import token_weights
+from dsjax.posttraining.policy_step import (
+    PolicyKnobs,
+    PolicyMetrics,
+    make_policy_step,
+    make_scorer,
+)
+from dsjax.posttraining.prompts import Questions
+from dsjax.posttraining.rollout_rewards import (
+    Rollout,
+    best_constant,
+    describe,
+    is_solved,
+    score_groups,
+    weigh,
+)
+from dsjax.posttraining.rollouts import Sampler
+from dsjax.posttraining.rows import Rows, pack
+from dsjax.rewards.score import Scorer
+from dsjax.training.bucket_metrics import BucketMetrics
+from dsjax.training.metrics import MetricsLog
+from dsjax.training.progress import Display
+from dsjax.training.signals import Termination
+from dsjax.training.step import TrainState, max_violation
+from sharding.rules import Layout
+
+_KINDS = ("sampling", "scoring", "training")
+"""What time is spent on."""
+_TRAINING, _EVALUATION = 0, 1
+"""What a seed is for."""
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    step: int = 0
+    rollout: int = 0
+    place: int = 0
+    """In the order of the questions."""
+    tokens: int = 0
+    """Of answers that were trained on, once in every inner epoch."""
+
+
+@dataclass
+class Language:
+    """How questions become tokens, and tokens text."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    home: Path | None
+    """The folder that both come from; None where they come from none."""
+
+
+@dataclass
+class GrpoLoop:
+    """One run. `exit_code` is set when it ends before its last step."""
+
+    config: GrpoRunConfig
+    layout: Layout
+    state: TrainState
+    reference: Transformer | None
+    progress: Progress
+    language: Language
+    questions: Questions
+    scorer: Scorer
+    store: CheckpointStore
+    log: MetricsLog | BucketMetrics
+    console: Console
+    termination: Termination
+    exit_code: int | None = None
+
+    def __post_init__(self) -> None:
+        config, vocab_size = self.config, self.language.tokenizer.vocab_size
+        self._step: Any = jax.jit(make_policy_step(config, vocab_size), donate_argnums=0)
+        self._score: Any = jax.jit(make_scorer(config, vocab_size))
+        grpo, training = config.grpo, config.training
+        self._sampler = Sampler(
+            config.sampling, training.sequence_length, vocab_size, experts=grpo.router_replay
+        )
+        answers = grpo.prompts_per_step * grpo.group_size
+        self._slots = -(-answers // training.microbatch_size)
+        self._bad_steps = 0
+        self._replaced = 0
+        self._seconds = dict.fromkeys(_KINDS, 0.0)
+        self._saved_at = self.progress.step
+        self._display = Display(training.max_steps, self.progress.step, self.console)
+
+    def run(self) -> None:
+        """Rollout after rollout until all steps are taken, a signal arrives, or it has diverged."""
+        with self._display:
+            if self.progress.step == 0:
+                self._evaluate_if_due()
+            while not self._done():
+                rollout = self._roll_out()
+                if rollout is None:
+                    break
+                self._train_on(rollout)
+                self._evaluate_if_due()
+                if self._passed(self.config.checkpoint.every_steps):
+                    self.save()
+        self.termination.settle()
+        if self.exit_code is None:
+            self.exit_code = self.termination.exit_code
+        self.save()
+        self.store.wait()
+
+    def save(self) -> None:
+        """Start saving everything that the next rollout depends on."""
+        if self._saved_at == self.progress.step:
+            return
+        state = self.state._asdict() | {"reference": self.reference}
+        self.log.cut()
+        self.store.save(self.progress.step, state, {"progress": asdict(self.progress)})
+        self._saved_at = self.progress.step
+
+    def _done(self) -> bool:
+        return (
+            self.progress.step >= self.config.training.max_steps
+            or self.exit_code is not None
+            or self.termination.reached(self.progress.step)
+        )
+
+    def _passed(self, every: int) -> bool:
+        """Whether a multiple of `every` lies within the rollout that has just been trained on."""
+        grpo = self.config.grpo
+        taken = grpo.steps_per_rollout * grpo.inner_epochs
+        return self.progress.step // every > (self.progress.step - taken) // every
+
+    # What is drawn -----------------------------------------------------------------------------
+
+    def _roll_out(self) -> Rollout | None:
+        """Answers to the next questions, and what they are worth; None when asked to stop.
+
+        Groups without an advantage give way to others, as often as `refills` says.
+        """
+        grpo, progress = self.config.grpo, self.progress
+        self._seconds = dict.fromkeys(_KINDS, 0.0)
+        wanted = grpo.prompts_per_step * grpo.steps_per_rollout
+        place, kept, replaced = progress.place, None, 0
+        for turn in range(grpo.refills + 1):
+            missing = wanted if kept is None else int(kept.equal.sum())
+            records, place = self.questions.training(place, missing)
+            seed = [self.config.seed, _TRAINING, progress.rollout, turn]
+            drawn = self._draw(records, grpo.group_size, seed)
+            if drawn is None:
+                return None
+            found = weigh(*drawn, self.config, seed)
+            kept = found if kept is None else _refilled(kept, found)
+            if turn < grpo.refills and not kept.equal.any():
+                break
+            replaced += int(kept.equal.sum()) if turn < grpo.refills else 0
+        assert kept is not None
+        progress.place, progress.rollout = place, progress.rollout + 1
+        self._replaced = replaced
+        return kept
+
+    def _draw(
+        self, records: Sequence[Mapping[str, Any]], count: int, seed: Sequence[int]
+    ) -> tuple[list[list[Any]], list[list[Any]]] | None:
+        """`count` answers to each question, and their scores."""
+        tokenizer, template = self.language.tokenizer, self.language.template
+        prompts = [self.questions.encode(record, tokenizer, template) for record in records]
+        begin = time.monotonic()
+        stop = lambda: self.termination.received is not None  # noqa: E731
+        written = self._sampler.draw(self.state.model, prompts, count, seed, stop)
+        if written is None:
+            return None
+        drawn = time.monotonic()
+        scores = score_groups(written, records, tokenizer, self.scorer)
+        self._seconds["sampling"] += drawn - begin
+        self._seconds["scoring"] += time.monotonic() - drawn
+        return written, scores
+
+    # What is learned ---------------------------------------------------------------------------
+
+    def _train_on(self, rollout: Rollout) -> None:
+        """Every step of every inner epoch. The ratio is computed anew in each of them."""
+        grpo = self.config.grpo
+        size = grpo.prompts_per_step
+        parts = [rollout.part(n * size, (n + 1) * size) for n in range(grpo.steps_per_rollout)]
+        packed = [self._pack(part) for part in parts]
+        begin = time.monotonic()
+        reference = [self._reference_of(*rows) for rows in packed]
+        for epoch in range(grpo.inner_epochs):
+            for part, (rows, count), known in zip(parts, packed, reference, strict=True):
+                knobs = self._knobs()
+                self.state, metrics = self._step(self.state, rows, known, count, knobs)
+                metrics = jax.device_get(metrics)
+                self._seconds["training"] += time.monotonic() - begin
+                self._after(part, metrics, epoch, float(knobs.learning_rate))
+                begin = time.monotonic()
+
+    def _pack(self, part: Rollout) -> tuple[Rows, Any]:
+        """Rows on the mesh, and how many microbatches of them there are."""
+        config = self.config
+        written = [one for group in part.written for one in group]
+        cut = np.array([one.truncated for one in written])
+        trained = ~cut if config.grpo.truncated == "not_trained" else np.ones(len(cut), bool)
+        if config.grpo.kl_weight == 0:  # no advantage is no gradient
+            trained &= ~np.repeat(part.equal, config.grpo.group_size)
+        lengths = np.array([len(one.tokens) for one in written])
+        weights = token_weights(lengths, trained, config.grpo, config.sampling.max_tokens)
+        rows, count = pack(
+            written,
+            part.advantages.ravel(),
+            weights,
+            microbatch_size=config.training.microbatch_size,
+            sequence_length=config.training.sequence_length,
+            slots=self._slots,
+            replay=config.grpo.router_replay,
+        )
+
+        def put(x: np.ndarray) -> jax.Array:
+            axes = (None, "batch", *(None,) * (x.ndim - 2))
+            return jax.device_put(x, self.layout.sharding(axes, x.shape))
+
+        return jax.tree.map(put, rows), jnp.int32(count)
+
+    def _reference_of(self, rows: Rows, count: Any) -> jax.Array:
+        if self.reference is None:
+            return jnp.zeros_like(rows.old)
+        return self._score(self.reference, rows, count)
+
+    def _knobs(self) -> PolicyKnobs:
+        optimizer = self.config.optimizer
+        warm = min(1.0, (self.progress.step + 1) / max(optimizer.warmup_steps, 1))
+        rate = schedule_value(optimizer.learning_rate, self.progress.tokens) * warm
+        return PolicyKnobs(jnp.float32(rate), jnp.float32(self.config.grpo.bias_update_rate))
+
+    def _after(self, part: Rollout, metrics: PolicyMetrics, epoch: int, rate: float) -> None:
+        """Record a finished step, and replace the reference where it is due."""
+        progress, grpo = self.progress, self.config.grpo
+        progress.step += 1
+        progress.tokens += int(metrics.sums.tokens)
+        values = {
+            "tokens": progress.tokens,
+            "rollout": progress.rollout,
+            "inner_epoch": epoch,
+            **describe(part),
+            "replaced_groups": self._replaced,
+            **_figures(metrics, first=epoch == 0),
+            "learning_rate": rate,
+            **{f"{name}_seconds": seconds for name, seconds in self._seconds.items()},
+        }
+        self.log.write(progress.step, values)
+        self._show(values)
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        every = grpo.reference_every
+        if self.reference is not None and every and progress.step % every == 0:
+            self.reference = jax.tree.map(jnp.copy, self.state.model)
+        self._count_bad(bool(metrics.finite))
+
+    def _show(self, values: Mapping[str, Any]) -> None:
+        self._display.show(
+            self.progress.step,
+            f"step {self.progress.step}  reward {values['reward']:.3f}  "
+            f"solved {values['solved']:.1%}  {values['answer_tokens']:.0f} tokens an answer",
+        )
+
+    def _count_bad(self, finite: bool) -> None:
+        self._bad_steps = 0 if finite else self._bad_steps + 1
+        if not finite:
+            self._display.say(f"step {self.progress.step}: not finite; nothing was changed")
+        if self._bad_steps >= self.config.training.max_bad_steps:
+            self._display.say(
+                f"error: {self._bad_steps} steps in a row were not finite; the state before them "
+                "is saved. Lower optimizer.learning_rate, then resume"
+            )
+            self.exit_code = 1
+
+    # What has been learned ---------------------------------------------------------------------
+
+    def _evaluate_if_due(self) -> None:
+        settings, step = self.config.evaluation, self.progress.step
+        if settings is None or not (step == 0 or self._passed(settings.every_steps)):
+            return
+        records = self.questions.held_out(settings.prompts)
+        drawn = self._draw(records, settings.samples, [self.config.seed, _EVALUATION])
+        if drawn is None:
+            return
+        solved = is_solved(drawn[1])
+        values: dict[str, Any] = {"held_out_pass_at_1": float(solved.mean())}
+        if settings.samples > 1:
+            values[f"held_out_pass_at_{settings.samples}"] = float(solved.any(1).mean())
+        if (constant := best_constant(records)) is not None:
+            values["held_out_best_constant"] = constant
+        self.log.write(step, {"tokens": self.progress.tokens, **values})
+        said = "  ".join(f"{name.removeprefix('held_out_')} {v:.1%}" for name, v in values.items())
+        self._display.say(f"step {step}  held out: {said.replace('_', ' ')}")
+
+
+def _refilled(kept: Rollout, found: Rollout) -> Rollout:
+    """The groups that say nothing replaced by new ones."""
+    places = np.flatnonzero(kept.equal)
+    written, scores = list(kept.written), list(kept.scores)
+    advantages, equal = kept.advantages.copy(), kept.equal.copy()
+    for new, place in enumerate(places):
+        written[place], scores[place] = found.written[new], found.scores[new]
+        advantages[place], equal[place] = found.advantages[new], found.equal[new]
+    return Rollout(written, scores, advantages, equal)
+
+
+def _figures(metrics: PolicyMetrics, *, first: bool) -> dict[str, Any]:
+    """A step's sums as means over its trained tokens."""
+    sums = metrics.sums
+    tokens = max(float(sums.tokens), 1.0)
+    figures = {
+        "objective": float(sums.objective),
+        "kl": float(sums.kl) / tokens,
+        "entropy": float(sums.entropy) / tokens,
+        "clipped": float(sums.clipped) / tokens,
+        "grad_norm": float(metrics.grad_norm),
+        "finite": bool(metrics.finite),
+    }
+    if first:  # later the policy has moved on from the one that was sampled
+        figures["sampler_gap"] = float(sums.gap) / tokens
+        figures["sampler_gap_largest"] = float(sums.largest_gap)
+    if sums.load.size:
+        figures["max_violation_worst"] = float(np.max(max_violation(sums.load)))
+    return figures

@@ -1,0 +1,177 @@
+"""Questions: from files or made up, in an order without end, and some of them held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from grain.experimental import index_shuffle
+
+from dsjax.config_grpo import PromptsConfig
+from dsjax.data.chat_template import ChatTemplate, TemplateError
+from dsjax.data.files import File, find_files
+from dsjax.data.text import encode_with_added_tokens
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.errors import UserError, one_line
+from dsjax.small_files import parse_json
+
+Check = Callable[[Mapping[str, Any], str], None]
+"""Of a question, and where it stands; raises `UserError`."""
+
+LAST_DIGIT = "last-digit"
+"""The name of sums that need no file."""
+
+_ROUNDS = 4
+
+
+class LastDigits(Sequence[Mapping[str, Any]]):
+    """A million sums of two numbers of three digits, of which the last digit is asked for."""
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, index: Any) -> Mapping[str, Any]:
+        a, b = divmod(range(len(self))[index], 1000)
+        return {"prompt": f"{a:03}+{b:03}=", "answer": str((a + b) % 10)}
+
+
+class Questions:
+    """What is asked. Each is a mapping with `prompt`, and whatever rewards want to know.
+
+    Args:
+        records: all questions.
+        config: which of them are held out, and the template of those that are texts.
+        seed: of the order; every epoch has one of its own.
+    """
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], config: PromptsConfig, seed: int):
+        self._records = records
+        self._template = config.template
+        self._fraction = config.held_out_fraction
+        self._seed = seed
+
+    def training(self, begin: int, count: int) -> tuple[list[Mapping[str, Any]], int]:
+        """So many questions from place `begin` of the endless order on, and the place after them.
+
+        Those that are held out take a place, and are passed over.
+        """
+        found = []
+        while len(found) < count:
+            record = self._at(begin)
+            begin += 1
+            if not self._is_held_out(record):
+                found.append(record)
+        return found, begin
+
+    def held_out(self, count: int) -> list[Mapping[str, Any]]:
+        """The first so many of those that are never trained on, or all there are."""
+        places = range(len(self._records)) if self._fraction else range(0)
+        order = (self._at(place) for place in places)
+        found = (record for record in order if self._is_held_out(record))
+        return [record for record, _ in zip(found, range(count), strict=False)]
+
+    def encode(
+        self, record: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate | None
+    ) -> tuple[int, ...]:
+        """The tokens of a question.
+
+        Raises:
+            UserError: it is messages, and the checkpoint has no chat template or refuses them.
+        """
+        prompt = record["prompt"]
+        if isinstance(prompt, str):
+            text = prompt if self._template is None else self._template.replace("{prompt}", prompt)
+            begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+            return (*begin, *encode_with_added_tokens(tokenizer, text))
+        if template is None:
+            raise UserError("a prompt is messages, and the checkpoint has no chat template")
+        try:
+            return tuple(template.encode(prompt))
+        except TemplateError as error:
+            raise UserError(f"a prompt's messages: {error}") from None
+
+    def check(self, tokenizer: Tokenizer, template: ChatTemplate | None, longest: int) -> None:
+        """See that every question can be asked, and has at most `longest` tokens.
+
+        Raises:
+            UserError: one cannot.
+        """
+        alike = isinstance(self._records, LastDigits)
+        for number in range(1 if alike else len(self._records)):
+            tokens = len(self.encode(self._records[number], tokenizer, template))
+            if tokens > longest:
+                raise UserError(
+                    f"prompt {number + 1} has {tokens} tokens, and training.sequence_length less "
+                    f"sampling.max_tokens leaves {longest}; raise the first, or leave it out"
+                )
+
+    def _at(self, place: int) -> Mapping[str, Any]:
+        epoch, number = divmod(place, len(self._records))
+        seed = (self._seed * 1_000_003 + epoch) % 2**32
+        last = len(self._records) - 1
+        return self._records[index_shuffle(number, last, seed=seed, rounds=_ROUNDS)]
+
+    def _is_held_out(self, record: Mapping[str, Any]) -> bool:
+        if not self._fraction:
+            return False
+        text = json.dumps(record["prompt"], sort_keys=True).encode()
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self._fraction * 2**64
+
+
+def open_questions(config: PromptsConfig, check: Check, seed: int) -> Questions:
+    """Find and check all questions.
+
+    Args:
+        config: where they are.
+        check: whether rewards find in a question what they need.
+        seed: of their order.
+
+    Raises:
+        UserError: no file, or a question without what it needs; the message names its line.
+    """
+    if config.path == LAST_DIGIT:
+        return Questions(LastDigits(), config, seed)
+    records = [record for file in find_files(config.path) for record in _read(file, check)]
+    if not records:
+        raise UserError(f"{config.path}: there is no question in it")
+    questions = Questions(records, config, seed)
+    if config.held_out_fraction and len(questions.held_out(len(records))) == len(records):
+        raise UserError(f"{config.path}: all {len(records)} questions are held out; give more")
+    return questions
+
+
+def _read(file: File, check: Check) -> list[Mapping[str, Any]]:
+    suffix = file.path.suffix
+    if suffix == ".parquet":
+        records = _rows_of_parquet(file)
+    elif suffix == ".jsonl":
+        with file.open() as lines:
+            named = [(f"{file.path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+        records = [(where, parse_json(line, where)) for where, line in named]
+    else:
+        raise UserError(f"{file.path}: expected a file that ends in .jsonl or .parquet")
+    for where, record in records:
+        _check_prompt(record.get("prompt"), where)
+        check(record, where)
+    return [record for _, record in records]
+
+
+def _rows_of_parquet(file: File) -> list[tuple[str, Mapping[str, Any]]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("reading parquet needs pyarrow: pip install 'dsjax[data]'") from None
+    try:
+        with file.open() as data:
+            rows = parquet.read_table(data).to_pylist()
+    except Exception as error:  # pyarrow's own, of several kinds
+        raise UserError(f"{file.path}: cannot be read as parquet: {one_line(error)}") from None
+    return [(f"{file.path}: row {number}", row) for number, row in enumerate(rows)]
+
+
+def _check_prompt(prompt: Any, where: str) -> None:
+    if not (isinstance(prompt, str | list) and prompt):
+        raise UserError(f"{where}: prompt is {prompt!r}; expected a text or messages")

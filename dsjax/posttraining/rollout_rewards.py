@@ -1,0 +1,110 @@
+"""From drawn answers to what they are worth: text, scores, advantages, and what is said of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from dsjax.config_grpo import GrpoRunConfig
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.posttraining.advantages import group_advantages, is_equal
+from dsjax.posttraining.rows import Written
+from dsjax.rewards.answer import Answer
+from dsjax.rewards.score import Score, Scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """P groups of G answers, scored."""
+
+    written: list[list[Written]]
+    scores: list[list[Score]]
+    advantages: Float[np.ndarray, "P G"]
+    equal: Bool[np.ndarray, "P"]
+    """Groups whose answers are all worth the same."""
+
+    def part(self, begin: int, end: int) -> Rollout:
+        """Some of its groups."""
+        cut = slice(begin, end)
+        return Rollout(self.written[cut], self.scores[cut], self.advantages[cut], self.equal[cut])
+
+
+def answers_of(
+    written: Sequence[Sequence[Written]],
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+) -> list[Answer]:
+    """What rewards look at, in order. The token that ended an answer is not part of its text."""
+    return [
+        Answer(
+            prompt=tokenizer.decode(one.prompt),
+            text=tokenizer.decode(one.tokens if one.truncated else one.tokens[:-1]),
+            tokens=len(one.tokens),
+            truncated=one.truncated,
+            example=record,
+        )
+        for group, record in zip(written, records, strict=True)
+        for one in group
+    ]
+
+
+def score_groups(
+    written: list[list[Written]],
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    scorer: Scorer,
+) -> list[list[Score]]:
+    """The scores of all answers, group by group."""
+    flat = iter(scorer.score(answers_of(written, records, tokenizer)))
+    return [[next(flat) for _ in group] for group in written]
+
+
+def weigh(
+    written: list[list[Written]],
+    scores: list[list[Score]],
+    config: GrpoRunConfig,
+    seed: Sequence[int],
+) -> Rollout:
+    """Advantages within each group. In a control, rewards are dealt anew among all answers."""
+    rewards = np.array([[score.total for score in group] for group in scores], np.float64)
+    if config.grpo.shuffled_rewards:
+        flat = rewards.ravel()
+        rewards = np.random.default_rng(seed).permutation(flat).reshape(rewards.shape)
+    return Rollout(written, scores, group_advantages(rewards, config.grpo), is_equal(rewards))
+
+
+def describe(rollout: Rollout) -> dict[str, Any]:
+    """Figures of these answers for the record; `solved` is by the first reward."""
+    scores = [score for group in rollout.scores for score in group]
+    written = [one for group in rollout.written for one in group]
+    reasons = Counter(
+        f"{name}: {reason}" for score in scores for name, reason in score.reasons.items()
+    )
+    return {
+        "reward": float(np.mean([score.total for score in scores])),
+        **{
+            f"reward_{name}": float(np.mean([score.values[name] for score in scores]))
+            for name in scores[0].values
+        },
+        "solved": float(np.mean(is_solved(rollout.scores))),
+        "equal_groups": float(rollout.equal.mean()),
+        "truncated": float(np.mean([one.truncated for one in written])),
+        "answer_tokens": float(np.mean([len(one.tokens) for one in written])),
+        **{f"failed {reason}": count for reason, count in sorted(reasons.items())},
+    }
+
+
+def is_solved(scores: Sequence[Sequence[Score]]) -> Bool[np.ndarray, "P G"]:
+    """Which answers the first reward finds right."""
+    return np.array([[next(iter(s.values.values())) >= 1 for s in group] for group in scores])
+
+
+def best_constant(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """The score of always giving the commonest answer; None where questions have none."""
+    answers = [str(record["answer"]) for record in records if "answer" in record]
+    return max(Counter(answers).values()) / len(records) if answers else None

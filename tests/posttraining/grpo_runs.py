@@ -1,0 +1,38 @@
+"""Tiny runs of reinforcement learning: sums whose last digit is asked for, and a smallest model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MODEL = {
+    "vocab_size": 261,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "num_nextn_predict_layers": 0,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 64,
+}
+
+
+def overrides(run_dir: Path, **changes: Any) -> list[str]:
+    """What turns `r1/cpu-last-digit` into a run of seconds; `changes` use __ for the dot."""
+    settings: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        **{f"model.{name}": value for name, value in MODEL.items()},
+        "sampling.rows": 16,
+        "grpo.prompts_per_step": 4,
+        "grpo.group_size": 4,
+        "grpo.kl_weight": 0.01,
+        "grpo.reference_every": 2,
+        "training.max_steps": 6,
+        "training.microbatch_size": 4,
+        "training.sequence_length": 64,
+        "checkpoint.every_steps": 1,
+        "evaluation.every_steps": 3,
+        "evaluation.prompts": 8,
+    }
+    settings |= {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
