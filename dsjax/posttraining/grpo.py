@@ -237,7 +237,12 @@ _SHARES = ("sampling", "scoring", "training")
 
 
 def _held_out(records: list[dict[str, Any]]) -> dict[str, Any]:
-    return {k: v for record in records for k, v in record.items() if k.startswith("held_out")}
+    return {
+        k: v
+        for record in records
+        for k, v in record.items()
+        if k.startswith("held_out") and k != "held_out_complete"
+    }
 
 
 def _say(console: Console, text: str) -> None:

@@ -110,7 +110,7 @@ class GrpoLoop:
     def run(self) -> None:
         """Rollout after rollout until all steps are taken, a signal arrives, or it has diverged."""
         with self._display:
-            if self.progress.step == 0:
+            if self.progress.step == 0 and not self.log.is_evaluated:
                 self._evaluate_if_due()
             while not self._done():
                 rollout = self._roll_out()
@@ -306,7 +306,8 @@ class GrpoLoop:
             values[f"held_out_pass_at_{settings.samples}"] = float(solved.any(1).mean())
         if (constant := best_constant(records)) is not None:
             values["held_out_best_constant"] = constant
-        self.log.write(step, {"tokens": self.progress.tokens, **values})
+        told = {"tokens": self.progress.tokens, "held_out_complete": True, **values}
+        self.log.write(step, told)
         said = "  ".join(f"{name.removeprefix('held_out_')} {v:.1%}" for name, v in values.items())
         self._display.say(f"step {step}  held out: {said.replace('_', ' ')}")
 

@@ -9,7 +9,7 @@ import pytest
 from dsjax.cli import make_parser
 from dsjax.evaluation.settings import Room, Settings
 from dsjax.evaluation.tasks import MADE, READ, split_tasks
-from tests.evaluation.scripted import ScriptedEngine, evaluate
+from tests.evaluation.stand_ins import ScriptedEngine, evaluate
 
 TEXT = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(dsjax eval .*)$", TEXT, re.M) + re.findall(r"`(dsjax eval M .*?)`", TEXT)

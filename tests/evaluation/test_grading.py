@@ -9,7 +9,7 @@ from dsjax.errors import UserError
 from dsjax.evaluation import grading
 from dsjax.evaluation.tasks import open_tasks
 from dsjax.evaluation.tasks_code import FUNCTION, PROGRAM
-from tests.evaluation.scripted import ScriptedEngine, evaluate
+from tests.evaluation.stand_ins import ScriptedEngine, evaluate
 from tests.evaluation.test_tasks_files import write_jsonl
 
 MATH = [

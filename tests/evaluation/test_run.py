@@ -14,7 +14,7 @@ from dsjax.evaluation.protocol import draw, plan, seed_of
 from dsjax.evaluation.reader import read_checkpoint
 from dsjax.evaluation.settings import Settings
 from dsjax.evaluation.tasks import open_tasks
-from tests.evaluation.scripted import KilledError, ScriptedEngine, evaluate
+from tests.evaluation.stand_ins import KilledError, ScriptedEngine, evaluate
 
 TASKS = ("letters", "arithmetic-easy")
 

@@ -8,7 +8,7 @@ import pytest
 
 from dsjax import cli
 from dsjax.evaluation import opening
-from tests.evaluation.scripted import ScriptedEngine
+from tests.evaluation.stand_ins import ScriptedEngine
 
 
 @pytest.fixture

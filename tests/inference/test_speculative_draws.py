@@ -176,23 +176,24 @@ def test_with_drafts_tokens_have_the_same_probabilities(
 
 def accept_always(decoder: Any, hidden: Any, sampler: Any, inputs: Any, vocab: Any, count: int):
     """A draft is the next token, whatever is drawn."""
-    tokens, valid, chances = draw(decoder, hidden, sampler, inputs, vocab, count)
+    tokens, valid, *chances = draw(decoder, hidden, sampler, inputs, vocab, count)
     if count == 1:  # a prompt is read
-        return tokens, valid, chances
+        return tokens, valid, *chances
     read = jnp.arange(1, count + 1)[None] < inputs.counts[:, None]
     tokens = jnp.where(read, jnp.roll(inputs.tokens, -1, axis=1), tokens)
-    return tokens, jnp.where(inputs.samples, inputs.counts, 0), chances
+    return tokens, jnp.where(inputs.samples, inputs.counts, 0), *chances
 
 
 def draw_again(decoder: Any, hidden: Any, sampler: Any, inputs: Any, vocab: Any, count: int):
     """After a rejection a token is drawn from all of p, where it should be from the rest of it."""
-    tokens, valid, chances = draw(decoder, hidden, sampler, inputs, vocab, count)
+    tokens, valid, *chances = draw(decoder, hidden, sampler, inputs, vocab, count)
     if count == 1:
-        return tokens, valid, chances
+        return tokens, valid, *chances
     other = sampler.params._replace(seed=sampler.params.seed + 10 * REQUESTS)
     others = draw(decoder, hidden, sampler._replace(params=other), inputs, vocab, count)
     keep = (tokens[:, 0] == inputs.tokens[:, 1]) | (inputs.counts < 2)
-    return jnp.where(keep[:, None], tokens, others[0]), jnp.where(keep, valid, others[1]), chances
+    tokens = jnp.where(keep[:, None], tokens, others[0])
+    return tokens, jnp.where(keep, valid, others[1]), *chances
 
 
 @pytest.fixture
