@@ -98,7 +98,7 @@ class GrpoRunConfig(RunConfig):
 
     task: Literal["grpo"] = "grpo"
     init: str | None = None
-    """The checkpoint to start from, whose architecture `model` then is; None: random weights."""
+    """The checkpoint to start from, of the architecture `model`; None: random weights."""
     tokenizer: str | None = None
     """A folder that holds one, or `bytes`, which needs no file; None: the checkpoint's own."""
     prompts: PromptsConfig

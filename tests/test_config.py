@@ -63,6 +63,8 @@ def test_every_shipped_configuration_is_valid() -> None:
         assert load_model_config(name).vocab_size > 0
     for path in CONFIGS.glob("*.yaml"):
         assert load_pretrain_config(path.stem).training.tokens > 0
+    for path in (CONFIGS / "r1").glob("*.yaml"):
+        assert load_run_config(f"r1/{path.stem}").task == "grpo"
 
 
 def test_a_configuration_is_found_by_name_or_path(tmp_path: Path) -> None:
