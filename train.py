@@ -7,15 +7,14 @@ from argparse import RawDescriptionHelpFormatter
 from dsjax.cli import Parser, read_together, run
 
 DEFAULT = "cpu-demo"
-DESCRIPTION = """\
-Train the model that a configuration describes, or go on where its run directory left off.
-"""
+DESCRIPTION = "Train as a configuration says, or go on where its run directory left off."
 EXAMPLES = """\
 examples:
   python train.py                                  the CPU demo, a few minutes
   python train.py training.tokens=1M run_dir=runs/short
   python train.py cpu-tiny training.tokens=20K     a name under configs/, one setting changed
   python train.py my-run.yaml mesh.expert=4
+  python train.py r1/cpu-last-digit                learn from rewards
 
 Exit codes: 0 done, 2 your input is wrong (one line says what), 143 stopped by SIGTERM after
 saving, 1 the run diverged or a fault of ours.
@@ -23,13 +22,9 @@ saving, 1 the run diverged or a fault of ours.
 
 
 def main() -> None:
-    """Parse, read the configuration, train, show what the model writes."""
-    parser = Parser(
-        prog="train.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    """Parse, read the configuration, and do its task."""
+    parser = Parser(prog="train.py", description=DESCRIPTION, epilog=EXAMPLES,
+                    formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("config", nargs="?", default=DEFAULT, metavar="CONFIG",
                         help=f"a YAML file, or a name under configs/ ({DEFAULT})")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
@@ -40,26 +35,24 @@ def main() -> None:
         name, overrides = DEFAULT, [name, *overrides]
 
     # Imported late: `--help` and a wrong configuration need no jax.
+    from rich.console import Console
+
     from dsjax.config import PretrainConfig
     from dsjax.config_files import load_run_config
     from dsjax.config_grpo import GrpoRunConfig
 
     config = read_together(lambda: load_run_config(name, overrides))
-
-    from rich.console import Console
-
     console = Console()
-    match config:
-        case PretrainConfig():
-            from dsjax.inference.samples import show_sample
-            from dsjax.training.pretrain import pretrain
+    if isinstance(config, GrpoRunConfig):
+        from dsjax.posttraining.grpo import grpo
 
-            pretrain(config, console)
-            show_sample(config, console)
-        case GrpoRunConfig():
-            from dsjax.posttraining.grpo import grpo
+        grpo(config, console)
+    elif isinstance(config, PretrainConfig):
+        from dsjax.inference.samples import show_sample
+        from dsjax.training.pretrain import pretrain
 
-            grpo(config, console)
+        pretrain(config, console)
+        show_sample(config, console)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dsjax.config import PretrainConfig, RunConfig
 from dsjax.config_grpo import GrpoRunConfig
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
-from dsjax.small_files import read_small
+from dsjax.small_files import read_small, write_whole
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -71,6 +71,15 @@ def load_pretrain_config(name: str | Path, overrides: list[str] | None = None) -
     if not isinstance(config, PretrainConfig):
         raise UserError(f"{name}: its task is {config.task}; expected pretrain")
     return config
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """Write a run's resolved configuration, config.yaml, as `load_run_config` reads it.
+
+    Without what tells this start from others of the same run.
+    """
+    settings = config.model_dump(exclude={"distributed"})
+    write_whole(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
 
 
 def find_config(name: str | Path, folder: Path) -> Path:

@@ -15,7 +15,7 @@ class PromptsConfig(Section):
     """Questions. A line of a file has `prompt`, a text or messages, and what rewards need."""
 
     path: str
-    """A glob of JSONL or parquet files, or `last-digit`, sums that need no file."""
+    """A glob of JSONL, JSON, CSV or parquet files, or `last-digit`, sums that need no file."""
     held_out_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Of the questions, by a digest of each; those are never trained on."""
     template: str | None = Field(default=None, pattern=r"\{prompt\}")
@@ -107,3 +107,13 @@ class GrpoRunConfig(RunConfig):
     grpo: GrpoConfig
     training: RewardedStepConfig
     evaluation: RewardEvaluationConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        taken = self.grpo.steps_per_rollout * self.grpo.inner_epochs
+        if self.training.max_steps % taken:
+            raise ValueError(
+                f"training.max_steps={self.training.max_steps} is no multiple of the {taken} steps "
+                "of a rollout (grpo.steps_per_rollout times inner_epochs); choose one that is"
+            )
+        return self

@@ -148,7 +148,7 @@ def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False)
     if kind == DSJAX:
         _check_released(folder / RELEASED, config, stored)
     homes = [folder] if kind == HUGGING_FACE else [folder / TOKENIZER, folder / RELEASED]
-    carried = {name: file for home in homes for name, file in _carried(home).items()}
+    carried = {name: file for home in homes for name, file in carried_files(home).items()}
     return Source(folder, kind, promised, config, stored, parts, carried)
 
 
@@ -169,7 +169,7 @@ def _check_released(home: Path, config: ModelConfig, stored: Mapping[str, Stored
         )
 
 
-def _carried(home: Path) -> dict[str, Path]:
+def carried_files(home: Path) -> dict[str, Path]:
     """What travels along: all files but weights, hidden ones, and those about weights."""
     if not home.is_dir():
         return {}

@@ -11,6 +11,8 @@ from typing import Literal
 from dsjax.data.text import TextStream
 from dsjax.data.tokenizer import Tokenizer
 
+OPENED, CLOSED = "<think>", "</think>"
+
 Field = Literal["text", "content", "reasoning_content"]
 """Where text belongs in a response; `text` is a completion's, which is not told apart."""
 

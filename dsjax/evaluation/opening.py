@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from dsjax.checkpoint.load import load
@@ -10,7 +9,6 @@ from dsjax.evaluation.reader import Reader
 from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
 from sharding.mesh import make_mesh
-from sharding.rules import DECODE_RULES, Layout
 
 
 def open_engine(
@@ -36,8 +34,6 @@ def open_engine(
         UserError: the weights cannot be loaded, or not on this mesh.
     """
     made = None if mesh is None else make_mesh(dict(mesh))
-    groups = 1 if made is None else Layout(made, DECODE_RULES).ways("batch")
-    rows = groups * math.ceil(rows / groups)  # every part of the batch has as many
     settings = EngineSettings(rows=rows, context=context, cache_tokens=cache_tokens)
     model = load(reader.checkpoint, dtype, made)
     return Engine(model, settings, vocab_size=vocab_size or reader.tokenizer.vocab_size)

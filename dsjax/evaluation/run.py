@@ -16,7 +16,6 @@ from rich.console import Console
 from dsjax.errors import UserError
 from dsjax.evaluation.grading import check_verifiers, grade
 from dsjax.evaluation.journal import Journal
-from dsjax.evaluation.progress import EvaluationProgress
 from dsjax.evaluation.protocol import Sample, draw, plan
 from dsjax.evaluation.reader import Reader, read_checkpoint
 from dsjax.evaluation.results import draw_results, print_table, write_results
@@ -25,6 +24,7 @@ from dsjax.evaluation.statistics import Grade, score_task
 from dsjax.evaluation.task import Task
 from dsjax.evaluation.tasks import open_tasks
 from dsjax.places import local_path
+from dsjax.training.progress import ThroughputDisplay, say
 from dsjax.training.signals import catch_termination
 
 
@@ -97,16 +97,12 @@ def _report(
     draw_results(output / "results.png", title, scores, grades)
     print_table(console, scores)
     if about["shortened"]:
-        _say(
+        say(
             console,
             f"{about['shortened']:,} samples had less than {drawn_with['max_tokens']:,} tokens: "
             f"the context is {drawn_with['context']:,}",
         )
-    _say(console, f"{output / 'results.json'}, and results.png beside it")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{output / 'results.json'}, and results.png beside it")
 
 
 def _context(reader: Reader, room: Room) -> int:
@@ -156,7 +152,7 @@ def _complete(
     missing = _missing(samples, journal)
     before = len(samples) - len(missing)
     if before:
-        _say(console, f"{before:,} of {len(samples):,} samples are there already")
+        say(console, f"{before:,} of {len(samples):,} samples are there already")
     if not missing:
         return
     # Imported late: what is wrong with an evaluation, or done already, is said without jax.
@@ -165,13 +161,13 @@ def _complete(
     # Of all samples, not of those that are missing: so a resumed evaluation runs the same programs.
     context = max(len(sample.prompt) + sample.max_tokens for sample in samples)
     engine = open_engine(reader, room.rows, context, dtype=room.dtype, mesh=room.mesh)
-    progress = EvaluationProgress(len(samples), before, console)
+    progress = ThroughputDisplay("samples", len(samples), before, console)
     with catch_termination() as asked, progress:
         for tokens in draw(engine, reader, settings, missing, journal.write):
             progress.update(before + journal.written, tokens)
             if asked.received is not None:
                 break
-    _say(console, f"drawn at {progress.tokens_per_second:,.0f} tokens/s")
+    say(console, f"drawn at {progress.tokens_per_second:,.0f} tokens/s")
     if asked.received is not None and before + journal.written < len(samples):
-        _say(console, "stopped; what was drawn is kept, and the same command goes on")
+        say(console, "stopped; what was drawn is kept, and the same command goes on")
         sys.exit(128 + asked.received)

@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dsjax.data.records import Row, column, read_rows
 from dsjax.errors import UserError
-from dsjax.evaluation.tables import Row, column, read_rows
 from dsjax.evaluation.task import Task
 from dsjax.evaluation.tasks_files import Parsed, make_questions
 from dsjax.rewards.answer import python_block

@@ -1,8 +1,7 @@
 """Data sets that are read from a path: questions with a formula, a number or a letter for answer.
 
 Each is read as it is published; the docstrings say where. The prompts are those of DeepSeek-R1's
-README for mathematics, and of OpenAI's simple-evals for multiple choice, which DeepSeek-R1's paper
-names as its source (arXiv:2501.12948, section 3).
+README for mathematics, and of OpenAI's simple-evals for multiple choice.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsjax.data.records import Row, column, read_rows
 from dsjax.errors import UserError
 from dsjax.evaluation.answers import formula, letter, number
-from dsjax.evaluation.tables import Row, column, read_rows
 from dsjax.evaluation.task import BOXED, Question, Task
 from dsjax.evaluation.tasks_made import is_answer
 
@@ -74,7 +73,7 @@ def _questions(path: Path, parse: Callable[[Row], Parsed]) -> tuple[Question, ..
 
 
 def make_questions(
-    path: Path, rows: Iterable[Row], parse: Callable[[Row], Parsed]
+    path: Path, rows: Iterable[tuple[str, Row]], parse: Callable[[Row], Parsed]
 ) -> tuple[Question, ...]:
     """Questions of rows; one without an id has its place, one whose id stands twice is refused.
 
@@ -82,16 +81,14 @@ def make_questions(
         UserError: a row lacks something, or there is no row; the message says which and where.
     """
     found: dict[str, Question] = {}
-    for place, row in enumerate(rows):
+    for place, (where, row) in enumerate(rows):
         try:
             own, prompt, example = parse(row)
         except UserError as error:
-            raise UserError(f"{path}: row {place + 1}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         name = str(place) if own is None else own
         if name in found:
-            raise UserError(
-                f"{path}: row {place + 1}: the id {name!r} stands in an earlier row too"
-            )
+            raise UserError(f"{where}: the id {name!r} stands in an earlier row too")
         found[name] = Question(name, prompt, example)
     if not found:
         raise UserError(f"{path}: holds no rows")

@@ -20,20 +20,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import yaml
 from rich.console import Console
 
 from dsjax.checkpoint.load import load
-from dsjax.checkpoint.source import read_folder_config
+from dsjax.checkpoint.source import carried_files, read_folder_config
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
+from dsjax.config_files import write_config
 from dsjax.config_grpo import GrpoRunConfig
-from dsjax.data.chat_template import read_chat_template
-from dsjax.data.tokenizer import find_tokenizer, load_tokenizer, train_tokenizer
+from dsjax.data.language import Language, check_vocabulary, read_language
+from dsjax.data.tokenizer import train_tokenizer
 from dsjax.errors import UserError
+from dsjax.inference.stops import read_stop_tokens
 from dsjax.model.layers import tree_shardings
 from dsjax.model.transformer import Transformer
 from dsjax.places import as_path
-from dsjax.posttraining.grpo_loop import GrpoLoop, Language, Progress
+from dsjax.posttraining.grpo_loop import ACTIVITIES, GrpoLoop, Progress
 from dsjax.posttraining.grpo_picture import draw_rewards
 from dsjax.posttraining.policy_step import init_policy
 from dsjax.posttraining.prompts import Questions, open_questions
@@ -41,7 +42,8 @@ from dsjax.rewards.score import Scorer
 from dsjax.small_files import write_whole
 from dsjax.training.bucket_metrics import open_log, read_records
 from dsjax.training.host_memory import keep_freed_memory
-from dsjax.training.pretrain import make_layout
+from dsjax.training.pretrain import make_layout, rows_read_here
+from dsjax.training.progress import say
 from dsjax.training.signals import catch_termination
 from dsjax.training.step import TrainState
 from sharding.distributed import is_alone, processes
@@ -72,6 +74,8 @@ def _grpo(config: GrpoRunConfig, console: Console) -> None:
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     layout = make_layout(config)
+    training = config.training
+    rows_read_here(layout, training.microbatch_size, training.sequence_length)
     for name, path in (("init", config.init), ("grpo.reference", config.grpo.reference)):
         _check_same_model(config, name, path)
     language = _language(config)
@@ -86,7 +90,8 @@ def _grpo(config: GrpoRunConfig, console: Console) -> None:
         state, reference, progress = _begin(config, layout, store, console)
         _write_beginning(config, folder, language)
         log = stack.enter_context(closing(open_log(folder, progress.step)))
-        asked = (language, questions, scorer)
+        stop_tokens = read_stop_tokens(language.home, config.model.vocab_size)
+        asked = (language, stop_tokens, questions, scorer)
         told = (store, log, console, termination)
         loop = GrpoLoop(config, layout, state, reference, progress, *asked, *told)
         loop.run()
@@ -96,35 +101,30 @@ def _grpo(config: GrpoRunConfig, console: Console) -> None:
 
 
 def _language(config: GrpoRunConfig) -> Language:
-    """The tokenizer of the checkpoint or the given one, and the chat template beside it."""
+    """That of the checkpoint, or the given one."""
     where = config.tokenizer or config.init
     if where is None:
         raise UserError(
             "random weights have no tokenizer; give `tokenizer`: a folder that has one, or bytes"
         )
     if where == BYTES:
-        home, tokenizer = None, train_tokenizer([], _BYTES_AND_SPECIAL)
+        language = Language(train_tokenizer([], _BYTES_AND_SPECIAL), None, add_bos=True, home=None)
     else:
-        home = find_tokenizer(where).parent
-        tokenizer = load_tokenizer(home)
-    if tokenizer.vocab_size > config.model.vocab_size:
+        language = read_language(where)
+    check_vocabulary(language.tokenizer, config.model.vocab_size, where)
+    if language.tokenizer.eos_id != config.model.eos_token_id:
         raise UserError(
-            f"tokenizer={where}: it has {tokenizer.vocab_size} entries, the model's vocab_size is "
-            f"{config.model.vocab_size}; they do not belong together"
+            f"{where}: the tokenizer's eos is {language.tokenizer.eos_id}, the model's "
+            f"eos_token_id {config.model.eos_token_id}; answers would not end where they should"
         )
-    if tokenizer.eos_id != config.model.eos_token_id:
-        raise UserError(
-            f"tokenizer={where}: its eos is {tokenizer.eos_id}, the model's eos_token_id is "
-            f"{config.model.eos_token_id}; answers would not end where they should"
-        )
-    return Language(tokenizer, None if home is None else read_chat_template(home, tokenizer), home)
+    return language
 
 
 def _questions(config: GrpoRunConfig, scorer: Scorer, language: Language) -> Questions:
     """All questions, each of which can be asked."""
     questions = open_questions(config.prompts, scorer.check, config.seed)
     longest = config.training.sequence_length - config.sampling.max_tokens
-    questions.check(language.tokenizer, language.template, longest)
+    questions.check(language, longest)
     if config.evaluation is not None and not questions.held_out(1):
         raise UserError(
             f"evaluation: no question of {config.prompts.path} is held out; raise "
@@ -141,7 +141,7 @@ def _begin(
     restored = store.restore(placed)
     if restored is not None:
         step, arrays, extra = restored
-        _say(console, f"resuming {config.run_dir} at step {step:,}")
+        say(console, f"resuming {config.run_dir} at step {step:,}")
         reference = arrays.pop("reference")
         return TrainState(**arrays), reference, Progress(**extra["progress"])
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
@@ -194,26 +194,15 @@ def _check_same_model(config: GrpoRunConfig, name: str, path: str | None) -> Non
 
 
 def _write_beginning(config: GrpoRunConfig, folder: Path, language: Language) -> None:
-    settings = config.model_dump(exclude={"distributed"})
-    write_whole(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+    write_config(config, folder)
     own = folder / "tokenizer"
     if language.home is None:
         language.tokenizer.save(own)
         return
-    own.mkdir(exist_ok=True)
-    for file in language.home.iterdir():
-        if file.name in _LANGUAGE_FILES:
-            write_whole(own / file.name, file.read_bytes())
-
-
-_LANGUAGE_FILES = {
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tiktoken.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-}
+    for name, file in carried_files(language.home).items():
+        if name != "config.json":  # the run's own configuration says what the model is
+            (own / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(own / name, file.read_bytes())
 
 
 def _finish(config: GrpoRunConfig, folder: Path, console: Console) -> None:
@@ -224,16 +213,13 @@ def _finish(config: GrpoRunConfig, folder: Path, console: Console) -> None:
     summary: dict[str, Any] = {"steps": steps[-1]["step"], "tokens": steps[-1]["tokens"]}
     summary |= {f"first_{k}": v for k, v in _held_out(evaluated[:1]).items()}
     summary |= _held_out(evaluated[-1:])
-    seconds = {key: sum(r[f"{key}_seconds"] for r in steps) for key in _SHARES}
+    seconds = {key: sum(r[f"{key}_seconds"] for r in steps) for key in ACTIVITIES}
     total = sum(seconds.values())
     summary |= {f"{key}_share": value / total for key, value in seconds.items()}
     write_whole(folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
     for name, value in summary.items():
-        _say(console, f"{name.replace('_', ' '):32} {value:,.4g}")
-    _say(console, f"run directory: {folder}")
-
-
-_SHARES = ("sampling", "scoring", "training")
+        say(console, f"{name.replace('_', ' '):32} {value:,.4g}")
+    say(console, f"run directory: {folder}")
 
 
 def _held_out(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -243,7 +229,3 @@ def _held_out(records: list[dict[str, Any]]) -> dict[str, Any]:
         for k, v in record.items()
         if k.startswith("held_out") and k != "held_out_complete"
     }
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

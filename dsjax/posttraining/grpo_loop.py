@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +13,8 @@ import numpy as np
 from rich.console import Console
 
 from dsjax.checkpoint.store import CheckpointStore
-from dsjax.config import schedule_value
 from dsjax.config_grpo import GrpoRunConfig
-from dsjax.data.chat_template import ChatTemplate
-from dsjax.data.tokenizer import Tokenizer
+from dsjax.data.language import Language
 from dsjax.model.transformer import Transformer
 from dsjax.posttraining.advantages import token_weights
 from dsjax.posttraining.policy_step import (
@@ -39,13 +36,15 @@ from dsjax.posttraining.rollouts import Sampler
 from dsjax.posttraining.rows import Rows, pack
 from dsjax.rewards.score import Scorer
 from dsjax.training.bucket_metrics import BucketMetrics
+from dsjax.training.divergence import BadSteps
 from dsjax.training.metrics import MetricsLog
+from dsjax.training.optimizer import learning_rate_at
 from dsjax.training.progress import Display
 from dsjax.training.signals import Termination
 from dsjax.training.step import TrainState, max_violation
 from sharding.rules import Layout
 
-_KINDS = ("sampling", "scoring", "training")
+ACTIVITIES = ("sampling", "scoring", "training")
 """What time is spent on."""
 _TRAINING, _EVALUATION = 0, 1
 """What a seed is for."""
@@ -64,16 +63,6 @@ class Progress:
 
 
 @dataclass
-class Language:
-    """How questions become tokens, and tokens text."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    home: Path | None
-    """The folder that both come from; None where they come from none."""
-
-
-@dataclass
 class GrpoLoop:
     """One run. `exit_code` is set when it ends before its last step."""
 
@@ -83,6 +72,7 @@ class GrpoLoop:
     reference: Transformer | None
     progress: Progress
     language: Language
+    stop_tokens: tuple[int, ...]
     questions: Questions
     scorer: Scorer
     store: CheckpointStore
@@ -97,15 +87,17 @@ class GrpoLoop:
         self._score: Any = jax.jit(make_scorer(config, vocab_size))
         grpo, training = config.grpo, config.training
         self._sampler = Sampler(
-            config.sampling, training.sequence_length, vocab_size, experts=grpo.router_replay
-        )
+            config.sampling, training.sequence_length, vocab_size, self.stop_tokens,
+            experts=grpo.router_replay,
+        )  # fmt: skip
         answers = grpo.prompts_per_step * grpo.group_size
         self._slots = -(-answers // training.microbatch_size)
-        self._bad_steps = 0
-        self._replaced = 0
-        self._seconds = dict.fromkeys(_KINDS, 0.0)
+        self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
         self._saved_at = self.progress.step
         self._display = Display(training.max_steps, self.progress.step, self.console)
+        self._bad_steps = BadSteps(training.max_bad_steps, self._display)
+        asked = 0 if config.evaluation is None else config.evaluation.prompts
+        self._held_out = self.questions.held_out(asked)
 
     def run(self) -> None:
         """Rollout after rollout until all steps are taken, a signal arrives, or it has diverged."""
@@ -148,6 +140,9 @@ class GrpoLoop:
         taken = grpo.steps_per_rollout * grpo.inner_epochs
         return self.progress.step // every > (self.progress.step - taken) // every
 
+    def _is_asked_to_stop(self) -> bool:
+        return self.termination.received is not None
+
     # What is drawn -----------------------------------------------------------------------------
 
     def _roll_out(self) -> Rollout | None:
@@ -156,39 +151,34 @@ class GrpoLoop:
         Groups without an advantage give way to others, as often as `refills` says.
         """
         grpo, progress = self.config.grpo, self.progress
-        self._seconds = dict.fromkeys(_KINDS, 0.0)
-        wanted = grpo.prompts_per_step * grpo.steps_per_rollout
-        place, kept, replaced = progress.place, None, 0
+        self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
+        missing = grpo.prompts_per_step * grpo.steps_per_rollout
+        place, kept = progress.place, None
         for turn in range(grpo.refills + 1):
-            missing = wanted if kept is None else int(kept.equal.sum())
             records, place = self.questions.training(place, missing)
             seed = [self.config.seed, _TRAINING, progress.rollout, turn]
             drawn = self._draw(records, grpo.group_size, seed)
             if drawn is None:
                 return None
             found = weigh(*drawn, self.config, seed)
-            kept = found if kept is None else _refilled(kept, found)
-            if turn < grpo.refills and not kept.equal.any():
+            kept = found if kept is None else kept.refilled(found)
+            missing = int(kept.equal.sum())
+            if missing == 0:
                 break
-            replaced += int(kept.equal.sum()) if turn < grpo.refills else 0
-        assert kept is not None
         progress.place, progress.rollout = place, progress.rollout + 1
-        self._replaced = replaced
         return kept
 
     def _draw(
         self, records: Sequence[Mapping[str, Any]], count: int, seed: Sequence[int]
     ) -> tuple[list[list[Any]], list[list[Any]]] | None:
         """`count` answers to each question, and their scores."""
-        tokenizer, template = self.language.tokenizer, self.language.template
-        prompts = [self.questions.encode(record, tokenizer, template) for record in records]
+        prompts = [self.questions.encode(record, self.language) for record in records]
         begin = time.monotonic()
-        stop = lambda: self.termination.received is not None  # noqa: E731
-        written = self._sampler.draw(self.state.model, prompts, count, seed, stop)
+        written = self._sampler.draw(self.state.model, prompts, count, seed, self._is_asked_to_stop)
         if written is None:
             return None
         drawn = time.monotonic()
-        scores = score_groups(written, records, tokenizer, self.scorer)
+        scores = score_groups(written, records, self.language, self.scorer)
         self._seconds["sampling"] += drawn - begin
         self._seconds["scoring"] += time.monotonic() - drawn
         return written, scores
@@ -244,9 +234,8 @@ class GrpoLoop:
         return self._score(self.reference, rows, count)
 
     def _knobs(self) -> PolicyKnobs:
-        optimizer = self.config.optimizer
-        warm = min(1.0, (self.progress.step + 1) / max(optimizer.warmup_steps, 1))
-        rate = schedule_value(optimizer.learning_rate, self.progress.tokens) * warm
+        progress = self.progress
+        rate = learning_rate_at(self.config.optimizer, progress.step, progress.tokens)
         return PolicyKnobs(jnp.float32(rate), jnp.float32(self.config.grpo.bias_update_rate))
 
     def _after(self, part: Rollout, metrics: PolicyMetrics, epoch: int, rate: float) -> None:
@@ -259,7 +248,6 @@ class GrpoLoop:
             "rollout": progress.rollout,
             "inner_epoch": epoch,
             **describe(part),
-            "replaced_groups": self._replaced,
             **_figures(metrics, first=epoch == 0),
             "learning_rate": rate,
             **{f"{name}_seconds": seconds for name, seconds in self._seconds.items()},
@@ -270,7 +258,8 @@ class GrpoLoop:
         every = grpo.reference_every
         if self.reference is not None and every and progress.step % every == 0:
             self.reference = jax.tree.map(jnp.copy, self.state.model)
-        self._count_bad(bool(metrics.finite))
+        if self._bad_steps.has_diverged(progress.step, bool(metrics.finite)):
+            self.exit_code = 1
 
     def _show(self, values: Mapping[str, Any]) -> None:
         self._display.show(
@@ -279,48 +268,26 @@ class GrpoLoop:
             f"solved {values['solved']:.1%}  {values['answer_tokens']:.0f} tokens an answer",
         )
 
-    def _count_bad(self, finite: bool) -> None:
-        self._bad_steps = 0 if finite else self._bad_steps + 1
-        if not finite:
-            self._display.say(f"step {self.progress.step}: not finite; nothing was changed")
-        if self._bad_steps >= self.config.training.max_bad_steps:
-            self._display.say(
-                f"error: {self._bad_steps} steps in a row were not finite; the state before them "
-                "is saved. Lower optimizer.learning_rate, then resume"
-            )
-            self.exit_code = 1
-
     # What has been learned ---------------------------------------------------------------------
 
     def _evaluate_if_due(self) -> None:
         settings, step = self.config.evaluation, self.progress.step
-        if settings is None or not (step == 0 or self._passed(settings.every_steps)):
+        ends = step in (0, self.config.training.max_steps)
+        if settings is None or not (ends or self._passed(settings.every_steps)):
             return
-        records = self.questions.held_out(settings.prompts)
-        drawn = self._draw(records, settings.samples, [self.config.seed, _EVALUATION])
+        drawn = self._draw(self._held_out, settings.samples, [self.config.seed, _EVALUATION])
         if drawn is None:
             return
         solved = is_solved(drawn[1])
         values: dict[str, Any] = {"held_out_pass_at_1": float(solved.mean())}
         if settings.samples > 1:
             values[f"held_out_pass_at_{settings.samples}"] = float(solved.any(1).mean())
-        if (constant := best_constant(records)) is not None:
+        if (constant := best_constant(self._held_out)) is not None:
             values["held_out_best_constant"] = constant
         told = {"tokens": self.progress.tokens, "held_out_complete": True, **values}
         self.log.write(step, told)
         said = "  ".join(f"{name.removeprefix('held_out_')} {v:.1%}" for name, v in values.items())
         self._display.say(f"step {step}  held out: {said.replace('_', ' ')}")
-
-
-def _refilled(kept: Rollout, found: Rollout) -> Rollout:
-    """The groups that say nothing replaced by new ones."""
-    places = np.flatnonzero(kept.equal)
-    written, scores = list(kept.written), list(kept.scores)
-    advantages, equal = kept.advantages.copy(), kept.equal.copy()
-    for new, place in enumerate(places):
-        written[place], scores[place] = found.written[new], found.scores[new]
-        advantages[place], equal[place] = found.advantages[new], found.equal[new]
-    return Rollout(written, scores, advantages, equal)
 
 
 def _figures(metrics: PolicyMetrics, *, first: bool) -> dict[str, Any]:

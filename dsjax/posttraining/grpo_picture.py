@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dsjax.posttraining.grpo_loop import ACTIVITIES
 from dsjax.small_files import write_whole
 from dsjax.training.metrics import Record
 from dsjax.training.picture import ACCENT, INK, QUIET, SECOND, numbers, smooth
@@ -61,9 +62,8 @@ def _lines(ax: Axes, steps: list[Record], x: np.ndarray, title: str, names: list
 
 
 def _seconds(ax: Axes, steps: list[Record], x: np.ndarray) -> None:
-    names = ("sampling", "scoring", "training")
-    parts = [smooth(numbers(steps, f"{name}_seconds")) for name in names]
-    ax.stackplot(x, *parts, labels=names, colors=(ACCENT, QUIET, SECOND))
+    parts = [smooth(numbers(steps, f"{name}_seconds")) for name in ACTIVITIES]
+    ax.stackplot(x, *parts, labels=ACTIVITIES, colors=(ACCENT, QUIET, SECOND))
     _finish(ax, "seconds a step")
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config_grpo import SamplingConfig
 from dsjax.inference.sampling import kept_from
+from dsjax.training.loss import in_chunks
 from sharding.by_hand import first_place, largest, summed
 
 
@@ -48,14 +49,6 @@ def token_scores(
         vocab_size: ids from here on are never drawn.
         chunk: places of a row handled at a time.
     """
-    length = hidden.shape[1]
-    count = -(-length // chunk)
-    beyond = ((0, 0), (0, count * chunk - length))
-
-    def split(x: Array) -> Array:
-        padded = jnp.pad(x, beyond + ((0, 0),) * (x.ndim - 2))
-        return padded.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
-
     wide = head.astype(jnp.float32)
 
     @jax.checkpoint
@@ -67,8 +60,8 @@ def token_scores(
     def turn(_: None, part: tuple[Array, Array]) -> tuple[None, TokenScores]:
         return None, one(part[0], wide, part[1])
 
-    _, found = jax.lax.scan(turn, None, (split(hidden), split(targets)))
-    joined = (x.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, :length] for x in found)
+    _, found = jax.lax.scan(turn, None, in_chunks(chunk, hidden, targets))
+    joined = (x.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]] for x in found)
     return TokenScores(*joined)
 
 

@@ -6,7 +6,6 @@ The main model is trained; MTP modules, which only draft, stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from dsjax.posttraining.logprobs import TokenScores, token_scores
 from dsjax.posttraining.objective import of_answers, policy_terms
 from dsjax.posttraining.rows import Rows
 from dsjax.training.optimizer import make_optimizer
-from dsjax.training.step import TrainState, update_biases
+from dsjax.training.step import TrainState, descend
 from sharding.by_hand import (
     by_hand,
     copies,
@@ -70,6 +69,11 @@ class PolicyKnobs(NamedTuple):
 def is_trained(path: tuple[Any, ...], variable: Any) -> bool:
     """A filter: parameters of the main model."""
     return isinstance(variable, nnx.Param) and path[0] != "mtp"
+
+
+def is_steered(path: tuple[Any, ...], variable: Any) -> bool:
+    """A filter: router biases of the main model."""
+    return isinstance(variable, RouterBias) and path[0] != "mtp"
 
 
 def init_policy(config: GrpoRunConfig, model: Transformer) -> TrainState:
@@ -132,19 +136,11 @@ def make_policy_step(
     def step(
         state: TrainState, rows: Rows, reference: Array, microbatches: Array, knobs: PolicyKnobs
     ) -> tuple[TrainState, PolicyMetrics]:
-        graph, params, biases, fixed = nnx.split(state.model, is_trained, RouterBias, ...)
         grads, sums = gradients(state.model, rows, reference, microbatches)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.objective)
-        updates, moments = optimizer.update(grads, state.moments, params)
-        params_new = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, params, updates)
-        biases_new = update_biases(biases, sums.load, knobs.bias_update_rate)
-
-        def accept(new: Any, old: Any) -> Any:
-            return jax.tree.map(partial(jnp.where, finite), new, old)
-
-        model = nnx.merge(graph, accept(params_new, params), accept(biases_new, biases), fixed)
-        state = TrainState(model, accept(moments, state.moments), state.step + 1, state.key)
+        state, grad_norm, finite = descend(
+            optimizer, state, (is_trained, is_steered), grads, sums.objective, sums.load,
+            knobs.learning_rate, knobs.bias_update_rate,
+        )  # fmt: skip
         return state, PolicyMetrics(sums, grad_norm, finite)
 
     return step

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from grain.experimental import index_shuffle
 
 from dsjax.config_grpo import PromptsConfig
-from dsjax.data.chat_template import ChatTemplate, TemplateError
-from dsjax.data.files import File, find_files
-from dsjax.data.text import encode_with_added_tokens
-from dsjax.data.tokenizer import Tokenizer
-from dsjax.errors import UserError, one_line
-from dsjax.small_files import parse_json
+from dsjax.data.files import find_files
+from dsjax.data.language import Language
+from dsjax.data.records import read_rows
+from dsjax.errors import UserError
 
 Check = Callable[[Mapping[str, Any], str], None]
 """Of a question, and where it stands; raises `UserError`."""
@@ -70,29 +69,21 @@ class Questions:
         places = range(len(self._records)) if self._fraction else range(0)
         order = (self._at(place) for place in places)
         found = (record for record in order if self._is_held_out(record))
-        return [record for record, _ in zip(found, range(count), strict=False)]
+        return list(islice(found, count))
 
-    def encode(
-        self, record: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate | None
-    ) -> tuple[int, ...]:
+    def encode(self, record: Mapping[str, Any], language: Language) -> tuple[int, ...]:
         """The tokens of a question.
 
         Raises:
             UserError: it is messages, and the checkpoint has no chat template or refuses them.
         """
         prompt = record["prompt"]
-        if isinstance(prompt, str):
-            text = prompt if self._template is None else self._template.replace("{prompt}", prompt)
-            begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-            return (*begin, *encode_with_added_tokens(tokenizer, text))
-        if template is None:
-            raise UserError("a prompt is messages, and the checkpoint has no chat template")
-        try:
-            return tuple(template.encode(prompt))
-        except TemplateError as error:
-            raise UserError(f"a prompt's messages: {error}") from None
+        if not isinstance(prompt, str):
+            return tuple(language.chat(prompt))
+        text = prompt if self._template is None else self._template.replace("{prompt}", prompt)
+        return tuple(language.text(text))
 
-    def check(self, tokenizer: Tokenizer, template: ChatTemplate | None, longest: int) -> None:
+    def check(self, language: Language, longest: int) -> None:
         """See that every question can be asked, and has at most `longest` tokens.
 
         Raises:
@@ -100,7 +91,7 @@ class Questions:
         """
         alike = isinstance(self._records, LastDigits)
         for number in range(1 if alike else len(self._records)):
-            tokens = len(self.encode(self._records[number], tokenizer, template))
+            tokens = len(self.encode(self._records[number], language))
             if tokens > longest:
                 raise UserError(
                     f"prompt {number + 1} has {tokens} tokens, and training.sequence_length less "
@@ -134,42 +125,18 @@ def open_questions(config: PromptsConfig, check: Check, seed: int) -> Questions:
     """
     if config.path == LAST_DIGIT:
         return Questions(LastDigits(), config, seed)
-    records = [record for file in find_files(config.path) for record in _read(file, check)]
+    records = []
+    for file in find_files(config.path):
+        for where, record in read_rows(file.path):
+            _check_prompt(record.get("prompt"), where)
+            check(record, where)
+            records.append(record)
     if not records:
         raise UserError(f"{config.path}: there is no question in it")
     questions = Questions(records, config, seed)
     if config.held_out_fraction and len(questions.held_out(len(records))) == len(records):
         raise UserError(f"{config.path}: all {len(records)} questions are held out; give more")
     return questions
-
-
-def _read(file: File, check: Check) -> list[Mapping[str, Any]]:
-    suffix = file.path.suffix
-    if suffix == ".parquet":
-        records = _rows_of_parquet(file)
-    elif suffix == ".jsonl":
-        with file.open() as lines:
-            named = [(f"{file.path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-        records = [(where, parse_json(line, where)) for where, line in named]
-    else:
-        raise UserError(f"{file.path}: expected a file that ends in .jsonl or .parquet")
-    for where, record in records:
-        _check_prompt(record.get("prompt"), where)
-        check(record, where)
-    return [record for _, record in records]
-
-
-def _rows_of_parquet(file: File) -> list[tuple[str, Mapping[str, Any]]]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError("reading parquet needs pyarrow: pip install 'dsjax[data]'") from None
-    try:
-        with file.open() as data:
-            rows = parquet.read_table(data).to_pylist()
-    except Exception as error:  # pyarrow's own, of several kinds
-        raise UserError(f"{file.path}: cannot be read as parquet: {one_line(error)}") from None
-    return [(f"{file.path}: row {number}", row) for number, row in enumerate(rows)]
 
 
 def _check_prompt(prompt: Any, where: str) -> None:

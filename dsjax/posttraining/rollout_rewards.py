@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from dsjax.config_grpo import GrpoRunConfig
-from dsjax.data.tokenizer import Tokenizer
+from dsjax.data.language import Language
 from dsjax.posttraining.advantages import group_advantages, is_equal
 from dsjax.posttraining.rows import Written
 from dsjax.rewards.answer import Answer
@@ -33,34 +33,32 @@ class Rollout:
         cut = slice(begin, end)
         return Rollout(self.written[cut], self.scores[cut], self.advantages[cut], self.equal[cut])
 
-
-def answers_of(
-    written: Sequence[Sequence[Written]],
-    records: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-) -> list[Answer]:
-    """What rewards look at, in order. The token that ended an answer is not part of its text."""
-    return [
-        Answer(
-            prompt=tokenizer.decode(one.prompt),
-            text=tokenizer.decode(one.tokens if one.truncated else one.tokens[:-1]),
-            tokens=len(one.tokens),
-            truncated=one.truncated,
-            example=record,
+    def refilled(self, found: Rollout) -> Rollout:
+        """The groups that say nothing replaced, one by one, by those that were found instead."""
+        at = iter(range(len(found.equal)))
+        chosen = [(found, next(at)) if equal else (self, n) for n, equal in enumerate(self.equal)]
+        return Rollout(
+            [one.written[n] for one, n in chosen],
+            [one.scores[n] for one, n in chosen],
+            np.stack([one.advantages[n] for one, n in chosen]),
+            np.array([one.equal[n] for one, n in chosen]),
         )
-        for group, record in zip(written, records, strict=True)
-        for one in group
-    ]
 
 
 def score_groups(
     written: list[list[Written]],
     records: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
+    language: Language,
     scorer: Scorer,
 ) -> list[list[Score]]:
     """The scores of all answers, group by group."""
-    flat = iter(scorer.score(answers_of(written, records, tokenizer)))
+    answers = [
+        Answer(prompt, language.decode(one.tokens), len(one.tokens), one.truncated, record)
+        for group, record in zip(written, records, strict=True)
+        for prompt in [language.tokenizer.decode(group[0].prompt)]
+        for one in group
+    ]
+    flat = iter(scorer.score(answers))
     return [[next(flat) for _ in group] for group in written]
 
 

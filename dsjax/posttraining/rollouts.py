@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsjax.config_grpo import SamplingConfig
 from dsjax.inference.engine import Engine
-from dsjax.inference.request import Request, SamplingParams
+from dsjax.inference.request import Request, SamplingParams, Update
 from dsjax.inference.settings import EngineSettings
 from dsjax.model.layers import tree_shardings
 from dsjax.model.transformer import Transformer
@@ -25,10 +24,19 @@ class Sampler:
     Without drafts, so that the same questions, seeds and weights give the same bits.
     """
 
-    def __init__(self, sampling: SamplingConfig, context: int, vocab_size: int, *, experts: bool):
+    def __init__(
+        self,
+        sampling: SamplingConfig,
+        context: int,
+        vocab_size: int,
+        stop_tokens: tuple[int, ...] = (),
+        *,
+        experts: bool,
+    ):
         self._sampling = sampling
         self._settings = EngineSettings(sampling.rows, context, drafts=0, experts=experts)
         self._vocab_size = vocab_size
+        self._stop_tokens = stop_tokens
         self._engine: Engine | None = None
 
     def draw(
@@ -70,6 +78,7 @@ class Sampler:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            stop_tokens=self._stop_tokens,
             seed=seed,
             logprobs=0,
         )
@@ -93,15 +102,16 @@ class _Growing:
     def __init__(self) -> None:
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
-        self._last: Any = None
+        self._last: Update | None = None
 
-    def add(self, update: Any) -> None:
+    def add(self, update: Update) -> None:
         self._tokens += update.tokens
         self._logprobs += update.drawn_logprobs
         self._last = update
 
     def finished(self, prompt: tuple[int, ...]) -> Written:
         last = self._last
+        assert last is not None
         return Written(
             prompt,
             tuple(self._tokens),

@@ -24,7 +24,7 @@ class Written:
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
-    """The answer; eos is the last of them where it came by itself."""
+    """The answer; what ended it, eos or another stop token, is the last of them."""
     logprobs: tuple[float, ...]
     """Of each token, in the distribution that it was drawn from."""
     truncated: bool
@@ -37,15 +37,18 @@ class Rows(NamedTuple):
 
     tokens: Int[HostOrDevice, "M B S"]
     segment_ids: Int[HostOrDevice, "M B S"]
-    trained: Bool[HostOrDevice, "M B S"]
-    """Whether the next token is an answer's, and has a gradient."""
     weights: Float[HostOrDevice, "M B S"]
-    """What it counts; 0 where it is not trained."""
+    """What the next token counts; 0 where it is no answer's, or has no gradient."""
     advantages: Float[HostOrDevice, "M B S"]
     old: Float[HostOrDevice, "M B S"]
     """Its log-probability when it was drawn."""
     experts: Int[HostOrDevice, "M B S L K"] | None
     """Where each token goes; -1 where the router is free."""
+
+    @property
+    def trained(self) -> Bool[HostOrDevice, "M B S"]:
+        """Whether the next token counts."""
+        return self.weights > 0
 
 
 def first_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -84,7 +87,6 @@ def pack(
     lengths = [len(written[i].prompt) + len(written[i].tokens) for i in used]
     shape = (slots * microbatch_size, sequence_length)
     tokens, segments = np.zeros((2, *shape), np.int32)
-    trained = np.zeros(shape, bool)
     counts, worth, old = np.zeros((3, *shape), np.float32)
     experts = None
     if replay and written[0].experts is not None:
@@ -98,14 +100,13 @@ def pack(
             tokens[row, begin:end] = one.prompt + one.tokens
             segments[row, begin:end] = segment
             answer = slice(middle - 1, end - 1)
-            trained[row, answer] = True
             counts[row, answer] = weights[number]
             worth[row, answer] = advantages[number]
             old[row, answer] = one.logprobs
             if experts is not None and one.experts is not None:
                 experts[row, begin : end - 1] = one.experts
             begin = end
-    made = Rows(tokens, segments, trained, counts, worth, old, experts)
+    made = Rows(tokens, segments, counts, worth, old, experts)
     cut = (slots, microbatch_size)
     made = jax.tree.map(lambda x: x.reshape(*cut, *x.shape[1:]), made)
     return made, -(-len(rows) // microbatch_size)

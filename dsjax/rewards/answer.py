@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-OPENED, CLOSED = "<think>", "</think>"
+from dsjax.data.thinking import CLOSED, OPENED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import re
 import string
 
 from dsjax.config_rewards import ChoiceReward, ExactReward, FormatReward, LengthReward
-from dsjax.rewards.answer import CLOSED, OPENED, Answer, begins_in_thought, final_answer
+from dsjax.data.thinking import CLOSED, OPENED
+from dsjax.rewards.answer import Answer, begins_in_thought, final_answer
 
 
 def exact(_: ExactReward, answer: Answer) -> float:

@@ -29,10 +29,10 @@ from dsjax.serving.batch_files import (
     read_lines,
     survey,
 )
-from dsjax.serving.batch_progress import BatchProgress
 from dsjax.serving.job import Job, parse
 from dsjax.serving.options import ModelOptions
 from dsjax.serving.protocol import RequestError, Served
+from dsjax.training.progress import ThroughputDisplay
 from dsjax.training.signals import Termination, catch_termination
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def run_batch(source: Path, output: Path, model: ModelOptions) -> None:
             from dsjax.serving.opening import open_model
 
             batch = Batch(*open_model(model), records)
-            asked = _answer(batch, source, BatchProgress(found.lines, before, console))
+            asked = _answer(
+                batch, source, ThroughputDisplay("requests", found.lines, before, console)
+            )
             if asked.received is not None and not records.whole:
                 say(f"stopped: {len(records.done):,} of {found.lines:,} requests are in "
                     f"{records.partial}; the same command goes on")  # fmt: skip
@@ -75,7 +77,7 @@ def run_batch(source: Path, output: Path, model: ModelOptions) -> None:
     say(f"{output}: {found.lines:,} records")
 
 
-def _answer(batch: Batch, source: Path, progress: BatchProgress) -> Termination:
+def _answer(batch: Batch, source: Path, progress: ThroughputDisplay) -> Termination:
     """Step until all is done or a signal asks to stop."""
     with catch_termination() as asked, progress:
         for tokens in batch.run(read_lines(source)):

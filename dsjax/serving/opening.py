@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.source import read_folder_config
+from dsjax.data.language import check_vocabulary
 from dsjax.errors import UserError
 from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
@@ -45,12 +46,7 @@ def open_model(options: ModelOptions) -> tuple[Engine, Served]:
     served = load_served(
         options.checkpoint, options.name, vocab_size=config.vocab_size, context=context
     )
-    known = served.tokenizer.vocab_size
-    if known > config.vocab_size:
-        raise UserError(
-            f"{options.checkpoint}: the tokenizer has {known} tokens, the model's vocab_size is "
-            f"{config.vocab_size}; they do not belong together"
-        )
+    check_vocabulary(served.tokenizer, config.vocab_size, options.checkpoint)
     print(f"loading {options.checkpoint}", file=sys.stderr)
     model = load(options.checkpoint, options.dtype, mesh)
     size = token_bytes(model.config, jnp.dtype(model.dtype).itemsize, options.drafts)
@@ -58,7 +54,7 @@ def open_model(options: ModelOptions) -> tuple[Engine, Served]:
     settings = dataclasses.replace(settings, cache_tokens=tokens)
     print(_describe(model, settings, size), file=sys.stderr)
     # The engine has a copy; the weights that were loaded are freed when this function is left.
-    return Engine(model, settings, vocab_size=known), served
+    return Engine(model, settings, vocab_size=served.tokenizer.vocab_size), served
 
 
 def token_bytes(config: ModelConfig, itemsize: int, drafts: int) -> int:

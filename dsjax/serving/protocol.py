@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dsjax.data.chat_template import ChatTemplate, read_chat_template
-from dsjax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from dsjax.data.chat_template import ChatTemplate
+from dsjax.data.language import read_language
+from dsjax.data.thinking import CLOSED, OPENED
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.errors import UserError, one_line
 from dsjax.serving.bodies import Probability
 from dsjax.small_files import read_json_if_there
@@ -84,21 +86,21 @@ def load_served(folder: str | Path, name: str, *, vocab_size: int, context: int)
     Raises:
         UserError: a file is missing, damaged or holds what cannot be used; the message names it.
     """
-    home = find_tokenizer(folder).parent
-    tokenizer = load_tokenizer(home)
+    language = read_language(folder)
+    tokenizer, home = language.tokenizer, language.home
+    assert home is not None
     if not tokenizer.byte_level:
         raise UserError(f"{home}: the tokenizer is not byte-level, and only such can be served")
-    config = read_json_if_there(home / "tokenizer_config.json")
     return Served(
         name=name,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         context=context,
-        template=read_chat_template(home, tokenizer),
+        template=language.template,
         defaults=_read_defaults(home / "generation_config.json"),
-        add_bos=config.get("add_bos_token") is not False,
-        think_start_id=tokenizer.added_tokens.get("<think>"),
-        think_end_id=tokenizer.added_tokens.get("</think>"),
+        add_bos=language.add_bos,
+        think_start_id=tokenizer.added_tokens.get(OPENED),
+        think_end_id=tokenizer.added_tokens.get(CLOSED),
     )
 
 

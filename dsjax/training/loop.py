@@ -19,8 +19,10 @@ from dsjax.config import PretrainConfig, schedule_value
 from dsjax.data.held_out import HeldOutRows
 from dsjax.data.pipeline import TrainingIterator, joined_state
 from dsjax.training.bucket_metrics import BucketMetrics
+from dsjax.training.divergence import BadSteps
 from dsjax.training.evaluate import add_scores, batches_of, score_rows, summarize
 from dsjax.training.metrics import MetricsLog
+from dsjax.training.optimizer import learning_rate_at
 from dsjax.training.profile import StepProfiler
 from dsjax.training.progress import ProgressDisplay
 from dsjax.training.signals import Termination
@@ -54,11 +56,10 @@ def plan_step(config: PretrainConfig, clock: Clock) -> Plan:
     seen = clock.tokens
     rows = schedule_value(training.batch_size, seen)
     microbatches = int(rows) // training.microbatch_size
-    warm = min(1.0, (clock.step + 1) / max(config.optimizer.warmup_steps, 1))
     return Plan(
         microbatches=microbatches,
         tokens=microbatches * training.microbatch_size * config.data.sequence_length,
-        learning_rate=schedule_value(config.optimizer.learning_rate, seen) * warm,
+        learning_rate=learning_rate_at(config.optimizer, clock.step, seen),
         mtp_weight=schedule_value(training.mtp_weight, seen),
         bias_update_rate=schedule_value(training.bias_update_rate, seen),
     )
@@ -88,11 +89,11 @@ class TrainingLoop:
         self._score: Any = jax.jit(partial(score_rows, chunk=self.config.training.loss_chunk))
         most = max(stage.value for stage in self.config.training.batch_size)
         self._slots = int(most) // self.config.training.microbatch_size
-        self._bad_steps = 0
         self._saved_at = self.clock.step
         self._display = ProgressDisplay(
             self.config.training.tokens, self.clock.tokens, self.console
         )
+        self._bad_steps = BadSteps(self.config.training.max_bad_steps, self._display)
 
     def run(self) -> None:
         """Step until the tokens are seen, a signal arrives, or the run has diverged."""
@@ -252,19 +253,9 @@ class TrainingLoop:
             values["max_violation_worst"] = max(violations)
         self.log.write(clock.step, values)
         self._display.update(clock.step, clock.tokens, values)
-        self._count_bad(clock.step, finite)
-        return now
-
-    def _count_bad(self, step: int, finite: bool) -> None:
-        self._bad_steps = 0 if finite else self._bad_steps + 1
-        if not finite:
-            self._display.say(f"step {step}: loss or gradient is not finite; nothing was changed")
-        if self._bad_steps >= self.config.training.max_bad_steps:
-            self._display.say(
-                f"error: {self._bad_steps} steps in a row were not finite; the state before them "
-                "is saved. Lower optimizer.learning_rate or look at the data, then resume"
-            )
+        if self._bad_steps.has_diverged(clock.step, finite):
             self.exit_code = 1
+        return now
 
 
 def _scalars(plan: Plan) -> tuple[jax.Array, Knobs]:

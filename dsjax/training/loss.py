@@ -43,7 +43,7 @@ def cross_entropy(
         nll, _, _ = _negative_log_likelihood(hidden, head, targets)
         return total + (nll * weights).sum(), None
 
-    total, _ = jax.lax.scan(one_chunk, jnp.zeros(()), _split(chunk, hidden, targets, weights))
+    total, _ = jax.lax.scan(one_chunk, jnp.zeros(()), in_chunks(chunk, hidden, targets, weights))
     return total
 
 
@@ -65,7 +65,7 @@ def _forward(
         return (total + (nll * weights).sum(), d_head), d_hidden
 
     start = jnp.zeros(()), jnp.zeros(head.shape[::-1], jnp.float32)
-    parts = _split(chunk, hidden, targets, weights)
+    parts = in_chunks(chunk, hidden, targets, weights)
     (total, d_head), d_hidden = jax.lax.scan(one_chunk, start, parts)
     d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
     return total, (d_hidden[:, : hidden.shape[1]], d_head.T.astype(head.dtype))
@@ -90,7 +90,7 @@ def token_scores(
         nll, logits, _log_total = _negative_log_likelihood(part[0], head, part[1])
         return None, (nll, _likeliest(logits))
 
-    _, scores = jax.lax.scan(one_chunk, None, _split(chunk, hidden, targets))
+    _, scores = jax.lax.scan(one_chunk, None, in_chunks(chunk, hidden, targets))
     nll, best = (s.swapaxes(0, 1).reshape(hidden.shape[0], -1) for s in scores)
     return nll[:, : hidden.shape[1]], best[:, : hidden.shape[1]]
 
@@ -129,7 +129,7 @@ def _likeliest(logits: Array) -> Array:
     return -largest(jnp.where(value == largest(value, "vocab"), -best, smallest), "vocab")
 
 
-def _split(chunk: int, *arrays: Array) -> Any:
+def in_chunks(chunk: int, *arrays: Array) -> Any:
     """[B, S, ...] to [chunks, B, chunk, ...]; zeros fill the last chunk."""
     length = arrays[0].shape[1]
     chunk = min(chunk, length)

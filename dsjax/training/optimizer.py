@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from dsjax.config import OptimizerConfig
+from dsjax.config import OptimizerConfig, schedule_value
 
 
 class Moments(NamedTuple):
@@ -74,3 +74,9 @@ def decayed(params: Any) -> Any:
         params,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
+
+
+def learning_rate_at(config: OptimizerConfig, step: int, tokens: int) -> float:
+    """Of the step that follows `step` of them, in which `tokens` were seen; warmed up by steps."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    return schedule_value(config.learning_rate, tokens) * warm

@@ -23,11 +23,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from rich.console import Console
 
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config import PretrainConfig, RunConfig
+from dsjax.config_files import write_config
 from dsjax.data.held_out import HeldOutRows, held_out_rows
 from dsjax.data.pipeline import TrainingIterator, sample_texts, training_iterator
 from dsjax.data.sources import Corpus, open_corpus
@@ -41,6 +41,7 @@ from dsjax.training.host_memory import keep_freed_memory
 from dsjax.training.loop import Clock, TrainingLoop
 from dsjax.training.picture import draw_run
 from dsjax.training.profile import StepProfiler
+from dsjax.training.progress import say
 from dsjax.training.signals import catch_termination
 from dsjax.training.step import TrainState, init_state
 from dsjax.training.summary import show_summary, summary_of
@@ -86,7 +87,8 @@ def _pretrain(config: PretrainConfig, console: Console) -> None:
     layout = make_layout(config)
     abstract = jax.eval_shape(partial(init_state, config))
     shardings = tree_shardings(abstract, layout)
-    rows = _rows_read_here(config, layout)
+    length = config.data.sequence_length
+    rows = rows_read_here(layout, config.training.microbatch_size, length)
     corpus = open_corpus(config.data)
     agree("the data", {"corpus": corpus.fingerprint})
     folder = as_path(config.run_dir)
@@ -125,9 +127,7 @@ def _pretrain(config: PretrainConfig, console: Console) -> None:
 
 
 def _write_beginning(config: PretrainConfig, folder: Path, tokenizer: Tokenizer) -> None:
-    settings = config.model_dump(exclude={"distributed"})
-    text = yaml.safe_dump(settings, sort_keys=False)
-    write_whole(folder / "config.yaml", text.encode())
+    write_config(config, folder)
     tokenizer.save(folder / "tokenizer")
 
 
@@ -147,14 +147,14 @@ def make_layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layo
     return layout
 
 
-def _rows_read_here(config: PretrainConfig, layout: Layout) -> np.ndarray:
+def rows_read_here(layout: Layout, microbatch_size: int, length: int) -> np.ndarray:
     """Which rows of a microbatch go to this process's devices; says if that does not divide."""
-    shape = (config.training.microbatch_size, config.data.sequence_length)
-    check_context(shape[1], layout.ways("sequence"))
+    shape = (microbatch_size, length)
+    check_context(length, layout.ways("sequence"))
     try:
         return local_rows(layout.sharding(("batch", None), shape), shape, axis=0)
     except UserError as error:
-        raise UserError(f"training.microbatch_size={shape[0]}: {error}") from None
+        raise UserError(f"training.microbatch_size={microbatch_size}: {error}") from None
 
 
 def _tokenizer(config: PretrainConfig, corpus: Corpus, folder: Path, console: Console) -> Tokenizer:
@@ -183,7 +183,7 @@ def _trained_tokenizer(config: PretrainConfig, corpus: Corpus, console: Console)
     texts = sample_texts(corpus, config.data.tokenizer_train_bytes)
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
     seconds = time.monotonic() - begin
-    _say(console, f"tokenizer: {tokenizer.vocab_size:,} entries, trained in {seconds:.1f} s")
+    say(console, f"tokenizer: {tokenizer.vocab_size:,} entries, trained in {seconds:.1f} s")
     return tokenizer
 
 
@@ -213,7 +213,7 @@ def _resume(
                 f"{saved.get(key)}, is {wanted[key]}; restore the setting or choose another run_dir"
             )
     data.set_state(extra["data"])
-    _say(console, f"resuming {config.run_dir} at step {step:,}")
+    say(console, f"resuming {config.run_dir} at step {step:,}")
     return state, Clock(step, extra["tokens"])
 
 
@@ -231,8 +231,4 @@ def _finish(
     summary = summary_of(config, records, corpus if held_out is not None else None)
     write_whole(folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
     show_summary(summary, console)
-    _say(console, f"run directory: {folder}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(console, f"run directory: {folder}")

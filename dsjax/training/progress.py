@@ -15,6 +15,11 @@ PLAIN_SECONDS = 10.0
 Shown = TypeVar("Shown", bound="Display")
 
 
+def say(console: Console, text: str) -> None:
+    """One line, as it is."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Display:
     """A bar with a text of its own, where there is a terminal; a context."""
 
@@ -45,7 +50,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)
 
     def show(self, done: int, text: str) -> None:
         """How much is done; without a terminal a line with the time left, now and then."""
@@ -61,6 +66,29 @@ class Display:
             speed = (done - first) / max(now - began, 1e-9)
             left = f"  {max(self._total - done, 0) / speed:.0f} s left" if speed else ""
             self.say(f"{text}  {done / self._total:.0%}{left}")
+
+
+class ThroughputDisplay(Display):
+    """Progress in requests or samples, with tokens a second and the time left."""
+
+    def __init__(self, noun: str, total: int, done: int, console: Console) -> None:
+        super().__init__(total, done, console)
+        self._noun = noun
+        self._first: tuple[float, int] | None = None
+        self.tokens_per_second = 0.0
+        """From the first tokens on: what was compiled before them does not count."""
+
+    def update(self, done: int, tokens: int) -> None:
+        """Show that so many are done, and `tokens` made since the beginning."""
+        if not tokens:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, tokens
+        began, before = self._first
+        self.tokens_per_second = (tokens - before) / max(now - began, 1e-9)
+        speed = f"{self.tokens_per_second:,.0f} tokens/s"
+        self.show(done, f"{done:,} of {self._total:,} {self._noun}  {speed}")
 
 
 class ProgressDisplay(Display):

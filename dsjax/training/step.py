@@ -193,22 +193,49 @@ def make_train_step(
     def step(
         state: TrainState, batch: Batch, microbatches: Array, knobs: Knobs
     ) -> tuple[TrainState, Metrics]:
-        graph, params, biases = nnx.split(state.model, nnx.Param, RouterBias)
         grads, sums = gradients(state.model, batch, microbatches, knobs.mtp_weight)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss)
-        updates, moments = optimizer.update(grads, state.moments, params)
-        params_new = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, params, updates)
-        biases_new = update_biases(biases, sums.load, knobs.bias_update_rate)
-
-        def accept(new: Any, old: Any) -> Any:
-            return jax.tree.map(partial(jnp.where, finite), new, old)
-
-        model = nnx.merge(graph, accept(params_new, params), accept(biases_new, biases))
-        state = TrainState(model, accept(moments, state.moments), state.step + 1, state.key)
+        state, grad_norm, finite = descend(
+            optimizer, state, (nnx.Param, RouterBias), grads, sums.loss, sums.load,
+            knobs.learning_rate, knobs.bias_update_rate,
+        )  # fmt: skip
         return state, Metrics(sums, grad_norm, max_violation(sums.load), finite)
 
     return step
+
+
+def descend(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    moving: tuple[Any, Any],
+    grads: Any,
+    loss: Array,
+    load: Float[Array, "L E"],
+    learning_rate: Array,
+    bias_update_rate: Array,
+) -> tuple[TrainState, Array, Array]:
+    """Take a step along gradients, unless they or the loss are not finite.
+
+    Args:
+        moving: filters of the parameters that `grads` are of, and of the router biases that `load`
+            is of; whatever else the model has stays.
+
+    Returns:
+        The state, the gradients' norm, and whether the step was taken; if it was not, nothing but
+        the count has changed.
+    """
+    graph, params, biases, fixed = nnx.split(state.model, *moving, ...)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+    updates, moments = optimizer.update(grads, state.moments, params)
+    params_new = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
+    biases_new = update_biases(biases, load, bias_update_rate)
+
+    def accept(new: Any, old: Any) -> Any:
+        return jax.tree.map(partial(jnp.where, finite), new, old)
+
+    model = nnx.merge(graph, accept(params_new, params), accept(biases_new, biases), fixed)
+    state = TrainState(model, accept(moments, state.moments), state.step + 1, state.key)
+    return state, grad_norm, finite
 
 
 def _accumulate(

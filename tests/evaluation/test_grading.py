@@ -174,7 +174,7 @@ def test_a_damaged_problem_is_said(tmp_path, change, problem):
     path = write_jsonl(tmp_path / "test.jsonl", [PROBLEMS[0] | change])
     with pytest.raises(UserError) as caught:
         open_tasks([f"livecodebench={path}"], None)
-    assert problem in str(caught.value) and "row 1" in str(caught.value)
+    assert problem in str(caught.value) and ":1: " in str(caught.value)
 
 
 def test_humaneval_comes_with_its_package(monkeypatch):

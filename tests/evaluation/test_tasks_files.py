@@ -125,10 +125,10 @@ def test_parquet_is_read_like_json_lines(tmp_path):
     ("name", "file", "content", "problem"),
     [
         ("aime", "a.jsonl", "", "holds no rows"),
-        ("aime", "a.jsonl", '{"Answer": 3}\n', "row 1: expected a column problem or question"),
-        ("aime", "a.jsonl", '{"Problem": "x", "Answer": "1/2 or so"}\n', "row 1: answer is '1/2"),
+        ("aime", "a.jsonl", '{"Answer": 3}\n', ":1: expected a column problem or question"),
+        ("aime", "a.jsonl", '{"Problem": "x", "Answer": "1/2 or so"}\n', ":1: answer is '1/2"),
         ("aime", "a.jsonl", "{\n", "a.jsonl: is not JSON lines"),
-        ("aime", "a.jsonl", "[1]\n", "line 1: expected an object, found list"),
+        ("aime", "a.jsonl", "[1]\n", ":1: expected an object, found list"),
         ("aime", "a.json", "{}", "expected a list of objects, found dict"),
         ("aime", "a.txt", "x", "expected a name that ends with .jsonl"),
         ("aime", "a.parquet", "x", "a.parquet: is not parquet"),

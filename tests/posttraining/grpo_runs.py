@@ -28,7 +28,7 @@ def overrides(run_dir: Path, **changes: Any) -> list[str]:
         "grpo.kl_weight": 0.01,
         "grpo.reference_every": 2,
         "training.max_steps": 6,
-        "training.microbatch_size": 4,
+        "training.microbatch_size": 8,
         "training.sequence_length": 64,
         "checkpoint.every_steps": 1,
         "evaluation.every_steps": 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -107,6 +108,27 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(
     assert newest_state(run_dir)[0] == records(run_dir)[-1]["step"]
 
 
+@pytest.mark.slow
+def test_a_run_over_four_devices_is_that_of_one(tmp_path: Path) -> None:
+    """Sampling and training on one mesh: the same answers, and gradients but for rounding."""
+    changes: dict[str, Any] = {"training__max_steps": 3, "evaluation": None}
+    found = []
+    for devices, mesh in ((1, {}), (4, {"mesh__fsdp": 2, "mesh__expert": 2})):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        settings = overrides(tmp_path / str(devices), **changes, **mesh)
+        with forks(tmp_path / "output.txt", ENVIRONMENT | {"XLA_FLAGS": flags}) as processes:
+            processes.start("train", CONFIG, *settings)
+            assert processes.wait(300) == 0, processes.output.read_text()
+        found.append(records(tmp_path / str(devices)))
+    one, four = found
+    assert [r["reward"] for r in one] == [r["reward"] for r in four]
+    assert [r["answer_tokens"] for r in one] == [r["answer_tokens"] for r in four]
+    for name in ("grad_norm", "entropy"):
+        np.testing.assert_allclose(
+            [r[name] for r in four], [r[name] for r in one], rtol=1e-3, atol=1e-6
+        )
+
+
 def wait_for_steps(processes: Forks, run_dir: Path, steps: int) -> None:
     file = run_dir / "metrics.jsonl"
     for _ in range(1200):
@@ -135,6 +157,11 @@ def wait_for_steps(processes: Forks, run_dir: Path, steps: int) -> None:
         ({"prompts": {"path": "EMPTY"}}, "expected a text or messages"),
         ({"prompts": {"path": "CHAT"}}, "the checkpoint has no chat template"),
         ({"rewards": [{"name": "python", "path": "RAISES"}]}, "raises.py.*no luck"),
+        (
+            {"training__max_steps": 9, "grpo__inner_epochs": 2},
+            "max_steps=9 is no multiple of the 2 steps of a rollout",
+        ),
+        ({"training__microbatch_size": 3}, "training.microbatch_size=3"),
         ({"prompts__held_out_fraction": 0}, "no question of last-digit is held out"),
         ({"init": "MISSING"}, "missing: no such folder"),
         ({"grpo__reference": "OTHER"}, "its vocab_size is 512, the policy's 261"),

@@ -18,7 +18,10 @@ from dsjax.model.layers import tree_shardings, variables
 from dsjax.model.transformer import Transformer
 from dsjax.posttraining.advantages import group_advantages, token_weights
 from dsjax.posttraining.policy_step import (
+    PolicyKnobs,
+    init_policy,
     make_policy_gradients,
+    make_policy_step,
     make_scorer,
 )
 from dsjax.posttraining.rollouts import Sampler
@@ -245,3 +248,23 @@ def test_gradients_on_a_mesh_are_those_of_one_device(
     np.testing.assert_allclose(found_sums.entropy, sums.entropy, rtol=1e-4)
     np.testing.assert_array_equal(found_sums.load, sums.load)
     assert found_sums.tokens == sums.tokens
+
+
+@pytest.mark.slow
+def test_a_step_moves_the_main_model_and_leaves_what_only_drafts(
+    model: Transformer, written: list[Written]
+) -> None:
+    """Router biases too: those of MTP have no load to be moved by."""
+    config = settings(grpo__bias_update_rate=0.01)
+    rows, count = rows_of(written, config)
+    state = jax.jit(partial(init_policy, config))(model)
+    knobs = PolicyKnobs(jnp.float32(1e-3), jnp.float32(0.01))
+    step = jax.jit(make_policy_step(config, VOCAB))
+    after, metrics = step(state, rows, rows.old - 0.1, count, knobs)
+    assert metrics.finite
+    old = {name: np.asarray(one[...]) for name, one in variables(state.model)}
+    new = {name: np.asarray(one[...]) for name, one in variables(after.model)}
+    assert {name: x.shape for name, x in new.items()} == {n: x.shape for n, x in old.items()}
+    for name, before in old.items():
+        changed = bool((new[name] != before).any())
+        assert changed == (not name.startswith("mtp.")), name

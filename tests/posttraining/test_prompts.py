@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from dsjax.config_grpo import PromptsConfig
+from dsjax.data.language import Language
 from dsjax.data.tokenizer import train_tokenizer
 from dsjax.errors import UserError
 from dsjax.posttraining.prompts import LastDigits, Questions, open_questions
+from tests.object_store import ObjectStore
 
 RECORDS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(200)]
 FRACTION = PromptsConfig(path="unused", held_out_fraction=0.1)
@@ -60,14 +62,15 @@ def test_a_text_is_put_into_the_template_and_special_tokens_are_read_out_of_it()
     eos = tokenizer.decode([1])
     config = PromptsConfig(path="unused", template=f"{eos}Q: {{prompt}} A:")
     questions = Questions(RECORDS, config, seed=0)
-    tokens = questions.encode({"prompt": "7+1="}, tokenizer, None)
+    language = Language(tokenizer, None, add_bos=True, home=None)
+    tokens = questions.encode({"prompt": "7+1="}, language)
     assert tokens == (0, 1, *tokenizer.encode("Q: 7+1= A:"))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_files_hold_what_was_written(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / f"q.{kind}"
-    if kind == "jsonl":
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "bucket"])
+def test_files_hold_what_was_written(kind: str, store: ObjectStore, tmp_path: Path) -> None:
+    path = tmp_path / ("q.parquet" if kind == "parquet" else "q.jsonl")
+    if kind != "parquet":
         path.write_text("".join(json.dumps(record) + "\n\n" for record in RECORDS))
     else:
         import pyarrow
@@ -75,7 +78,8 @@ def test_files_hold_what_was_written(kind: str, tmp_path: Path) -> None:
 
         parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
     seen = []
-    config = PromptsConfig(path=str(path))
+    where = store.put_folder("data", tmp_path) + "/*.jsonl" if kind == "bucket" else str(path)
+    config = PromptsConfig(path=where)
     questions = open_questions(config, lambda record, where: seen.append(where), 0)
     asked, _ = questions.training(0, len(RECORDS))
     assert sorted(r["answer"] for r in asked) == sorted(r["answer"] for r in RECORDS)
@@ -83,6 +87,6 @@ def test_files_hold_what_was_written(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "q.csv").write_text("prompt\n")
-    with pytest.raises(UserError, match=r"q.csv: expected a file that ends in .jsonl or .parquet"):
-        open_questions(PromptsConfig(path=f"{tmp_path}/q.csv"), lambda *_: None, 0)
+    (tmp_path / "q.xml").write_text("prompt\n")
+    with pytest.raises(UserError, match=r"q.xml: expected a name that ends with .jsonl, "):
+        open_questions(PromptsConfig(path=f"{tmp_path}/q.xml"), lambda *_: None, 0)

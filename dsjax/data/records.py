@@ -1,4 +1,4 @@
-"""Rows of the files that data sets are published as: JSONL, JSON, CSV and parquet."""
+"""Rows of files, of whatever columns: JSONL, JSON, CSV and parquet, on a disk or in a bucket."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dsjax.errors import UserError, one_line
 
@@ -20,8 +22,8 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz")
 Row = dict[str, Any]
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, or of all such files of a folder, by the files' names.
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a file, or of all such files of a folder, by the files' names; where each stands.
 
     A CSV file whose first line holds no known title has none, as MMLU's: its columns are "0", "1",
     and so on. Its file's name without the suffix is added as "file".
@@ -59,7 +61,7 @@ def _suffix(file: Path) -> str | None:
     return next((s for s in reversed(_SUFFIXES) if file.name.lower().endswith(s)), None)
 
 
-def _read(file: Path) -> Iterator[Row]:
+def _read(file: Path) -> Iterator[tuple[str, Row]]:
     match _suffix(file):
         case ".parquet":
             yield from _parquet(file)
@@ -73,30 +75,33 @@ def _read(file: Path) -> Iterator[Row]:
             raise UserError(f"{file}: expected a name that ends with {', '.join(_SUFFIXES)}")
 
 
-def _open(file: Path) -> io.TextIOBase:
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise UserError(f"{file}: has more than {MAX_BYTES} bytes")
+@contextmanager
+def _open(file: Path) -> Iterator[TextIO]:
+    with ExitStack() as stack:
+        try:
+            if file.stat().st_size > MAX_BYTES:
+                raise UserError(f"{file}: has more than {MAX_BYTES} bytes")
+            data: Any = stack.enter_context(file.open("rb"))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
         if file.name.lower().endswith(".gz"):
-            return io.TextIOWrapper(gzip.open(file), encoding="utf-8-sig", newline="")
-        return file.open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+            data = stack.enter_context(gzip.open(data))
+        yield stack.enter_context(io.TextIOWrapper(data, encoding="utf-8-sig", newline=""))
 
 
-def _json_lines(file: Path) -> Iterator[Row]:
+def _json_lines(file: Path) -> Iterator[tuple[str, Row]]:
     with _open(file) as stream:
         try:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield _object(json.loads(line), f"{file}: line {number}")
+                    yield _object(json.loads(line), f"{file}:{number}")
         except (ValueError, RecursionError, EOFError, OSError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{file}: is not JSON lines: {one_line(error)}") from None
 
 
-def _json(file: Path) -> Iterator[Row]:
+def _json(file: Path) -> Iterator[tuple[str, Row]]:
     with _open(file) as stream:
         try:
             tree = json.load(stream)
@@ -108,13 +113,13 @@ def _json(file: Path) -> Iterator[Row]:
         yield _object(row, f"{file}: entry {number}")
 
 
-def _object(row: Any, where: str) -> Row:
+def _object(row: Any, where: str) -> tuple[str, Row]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-    return row
+    return where, row
 
 
-def _csv(file: Path) -> Iterator[Row]:
+def _csv(file: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**27)
     with _open(file) as stream:
         try:
@@ -125,13 +130,14 @@ def _csv(file: Path) -> Iterator[Row]:
             titled = any(title.strip().lower() in ("question", "problem") for title in first)
             titles = first if titled else [str(n) for n in range(len(first))]
             rows: Iterable[list[str]] = lines if titled else (first, *lines)
-            for line in rows:
-                yield {**dict(zip(titles, line, strict=False)), "file": file.stem}
+            for number, line in enumerate(rows, 1):
+                row = {**dict(zip(titles, line, strict=False)), "file": file.stem}
+                yield f"{file}: row {number}", row
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{file}: is not CSV: {one_line(error)}") from None
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet(file: Path) -> Iterator[tuple[str, Row]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -139,8 +145,9 @@ def _parquet(file: Path) -> Iterator[Row]:
             f"{file}: reading parquet needs pyarrow: pip install 'dsjax[data]'"
         ) from None
     try:
-        with parquet.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+        with file.open("rb") as data, parquet.ParquetFile(data) as opened:
+            batches = (batch.to_pylist() for batch in opened.iter_batches(batch_size=256))
+            for number, row in enumerate(chain.from_iterable(batches), 1):
+                yield f"{file}: row {number}", row
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise UserError(f"{file}: is not parquet: {one_line(error)}") from None
