@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from dsjax.cli_sample import add_sample
 from dsjax.errors import UserError, one_line
 from dsjax.places import ObjectPath, as_path
 from dsjax.serving.options import mesh_sizes
@@ -27,6 +28,7 @@ examples:
   dsjax inspect v3-671b --json     the same for programs
   dsjax convert ./DeepSeek-R1 ./r1 --dry-run       what a conversion would do
   dsjax eval runs/demo --tasks letters             how often it counts letters right
+  dsjax sample my-prompts.yaml                     its right answers, as data to train on
 
 `dsjax VERB --help` explains a verb. Exit codes: 0 done, 2 your input is wrong, 1 our fault.
 """
@@ -98,6 +100,7 @@ def make_parser() -> Parser:
     _add_inspect(verbs)
     _add_convert(verbs)
     _add_eval(verbs)
+    add_sample(verbs)
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from dsjax.architecture import FAMILIES, ModelConfig
 from dsjax.config import PretrainConfig, RunConfig
 from dsjax.config_grpo import GrpoRunConfig
+from dsjax.config_sample import SampleConfig
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
 from dsjax.small_files import read_small, write_whole
@@ -71,6 +73,19 @@ def load_pretrain_config(name: str | Path, overrides: list[str] | None = None) -
     if not isinstance(config, PretrainConfig):
         raise UserError(f"{name}: its task is {config.task}; expected pretrain")
     return config
+
+
+def load_sample_config(name: str | Path, overrides: Sequence[str] = ()) -> SampleConfig:
+    """Read a configuration of rejection sampling, and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    path = find_config(name, CONFIGS)
+    tree = read_yaml(path)
+    for text in overrides:
+        _override(tree, text)
+    return parse(SampleConfig, tree, source=str(path))
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

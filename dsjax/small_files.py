@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 from stat import S_ISREG
@@ -55,18 +56,22 @@ def read_small(file: Path, limit: int = MAX_BYTES) -> bytes:
     return data
 
 
-def write_whole(file: Path, data: bytes) -> None:
+def write_whole(file: Path, data: bytes | Iterable[bytes]) -> None:
     """Make or replace a file, or an object, in one piece: no one finds half of it.
+
+    Parts are written to a disk as they come.
 
     Raises:
         UserError: it cannot be written.
     """
+    parts = [data] if isinstance(data, bytes) else data
     if isinstance(file, ObjectPath):
-        file.write_bytes(data)
+        file.write_bytes(b"".join(parts))
         return
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        beside.write_bytes(data)
+        with beside.open("wb") as stream:
+            stream.writelines(parts)
         os.replace(beside, file)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -18,8 +18,9 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 _PARENT = """
 import importlib, json, os, sys
-import serve, train
+import dsjax.cli, serve, train
 import dsjax.inference.engine, dsjax.training.pretrain, dsjax.serving.batch
+import dsjax.posttraining.sample
 from dsjax.cli import run
 
 for line in sys.stdin:
@@ -30,7 +31,7 @@ for line in sys.stdin:
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.argv = [door, *arguments]
-        run({"train": train, "serve": serve}[door].main)
+        run({"train": train, "serve": serve, "dsjax": dsjax.cli}[door].main)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -45,7 +46,7 @@ class Forks:
         self._child: int | None = None
 
     def start(self, door: str, *arguments: object) -> None:
-        """Call `train` or `serve`."""
+        """Call `train`, `serve` or `dsjax`."""
         assert self._parent.stdin
         line = json.dumps([door, [str(a) for a in arguments], str(self.output)])
         self._parent.stdin.write(line + "\n")

@@ -15,6 +15,7 @@ from dsjax.config_files import (
     load_model_config,
     load_pretrain_config,
     load_run_config,
+    load_sample_config,
     parse,
     read_yaml,
 )
@@ -64,7 +65,10 @@ def test_every_shipped_configuration_is_valid() -> None:
     for path in CONFIGS.glob("*.yaml"):
         assert load_pretrain_config(path.stem).training.tokens > 0
     for path in (CONFIGS / "r1").glob("*.yaml"):
-        assert load_run_config(f"r1/{path.stem}").task == "grpo"
+        if path.stem.endswith("-sample"):
+            assert load_sample_config(f"r1/{path.stem}").sampling.k > 1
+        else:
+            assert load_run_config(f"r1/{path.stem}").task == "grpo"
 
 
 def test_a_configuration_is_found_by_name_or_path(tmp_path: Path) -> None:

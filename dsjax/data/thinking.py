@@ -121,3 +121,26 @@ def opens_thought(prompt: Sequence[int], tokenizer: Tokenizer, start_id: int | N
         if tokenizer.token_bytes(token).strip():
             return False
     return False
+
+
+def begins_in_thought(prompt: str) -> bool:
+    """Whether the prompt opened a thought that the model goes on with."""
+    return prompt.rstrip().endswith(OPENED)
+
+
+def split_thought(prompt: str, text: str) -> tuple[str | None, str]:
+    """Thought and content of a whole answer whose tags are spelled out; None: it does not think.
+
+    As `ThoughtfulSpeech` tells them apart token by token.
+
+    >>> split_thought("Why?<think>\\n", "It is so.\\n</think>\\n\\nBecause.")
+    ('It is so.', 'Because.')
+    >>> split_thought("Why?", "Because.")
+    (None, 'Because.')
+    """
+    if not begins_in_thought(prompt):
+        if not text.startswith(OPENED):
+            return None, text
+        text = text.removeprefix(OPENED)
+    thought, _, content = text.partition(CLOSED)
+    return thought.strip("\n"), content.lstrip("\n")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.config_rewards import CodeReward, MathReward
-from dsjax.evaluation.journal import Journal, Key
-from dsjax.evaluation.protocol import Sample
-from dsjax.evaluation.reader import Reader
+from dsjax.evaluation.protocol import Key, Sample
 from dsjax.evaluation.statistics import Grade
 from dsjax.evaluation.task import Task
+from dsjax.inference.reader import Reader
+from dsjax.journal import Journal
 from dsjax.rewards.answer import Answer, final_answer
 from dsjax.rewards.score import Scorer
 
@@ -43,7 +43,7 @@ def grade(
     task: Task,
     reader: Reader,
     samples: Sequence[Sample],
-    answers: Journal,
+    answers: Journal[Key],
     verdicts: Path,
 ) -> tuple[list[list[Grade]], Counter[str]]:
     """Grades of each question's samples, and how often a verifier came to no end, by its reason.
@@ -76,7 +76,7 @@ def grade(
     return list(grades.values()), failures
 
 
-def _read(reader: Reader, sample: Sample, answers: Journal, example: Any) -> Answer:
+def _read(reader: Reader, sample: Sample, answers: Journal[Key], example: Any) -> Answer:
     record = answers.records[sample.key]
     prompt = reader.decode(sample.prompt)
     return Answer(prompt, record["text"], record["tokens"], record["truncated"], example)
@@ -88,11 +88,11 @@ def _vote(task: Task, answer: Answer) -> str | None:
 
 
 def _verify(
-    reward: MathReward | CodeReward, read: dict[Key, Answer], answers: Journal, file: Path
+    reward: MathReward | CodeReward, read: dict[Key, Answer], answers: Journal[Key], file: Path
 ) -> dict[Key, dict[str, Any]]:
     """What the reward says of each answer; only of those without a record it is asked."""
     settings = {**answers.settings, "reward": reward.model_dump()}
-    with Journal(file, settings) as journal:
+    with Journal(file, settings, Key) as journal:
         missing = [key for key in read if key not in journal.records]
         if missing:
             with Scorer([reward]) as scorer:

@@ -29,9 +29,9 @@ from dsjax.evaluation.harness_requests import (
     read_options,
     seed_of_text,
 )
-from dsjax.evaluation.opening import open_engine
-from dsjax.evaluation.protocol import QUEUE
-from dsjax.evaluation.reader import read_checkpoint
+from dsjax.inference.drawing import QUEUE
+from dsjax.inference.opening import open_engine
+from dsjax.inference.reader import read_checkpoint
 from dsjax.inference.request import Request, SamplingParams
 from dsjax.places import as_path
 

@@ -10,22 +10,27 @@ same whatever runs beside it, in whichever order, before or after a kill.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsjax.errors import UserError
-from dsjax.evaluation.journal import Key
-from dsjax.evaluation.reader import Reader
 from dsjax.evaluation.settings import Settings
 from dsjax.evaluation.task import Task
-from dsjax.inference.request import LARGEST_SEED, Request, SamplingParams
+from dsjax.inference import drawing
+from dsjax.inference.drawing import seed_of
+from dsjax.inference.reader import Reader
+from dsjax.inference.request import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:
     from dsjax.inference.engine import Engine
 
-QUEUE = 2
-"""Samples that are open at once, for each row of the engine: one runs, and one waits."""
+
+class Key(NamedTuple):
+    """Which sample a record is about."""
+
+    task: str
+    question: str
+    sample: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +73,11 @@ def plan(tasks: Iterable[Task], reader: Reader, settings: Settings, context: int
     return samples
 
 
-def seed_of(seed: int, key: Key) -> int:
-    """The seed of one sample; nothing else of an evaluation enters it."""
-    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) % (LARGEST_SEED + 1)
-
-
 def draw(
     engine: Engine,
     reader: Reader,
     settings: Settings,
-    samples: Iterable[Sample],
+    samples: Sequence[Sample],
     write: Callable[[Key, dict[str, Any]], None],
 ) -> Iterator[int]:
     """Draw the samples and `write` each as soon as it is whole.
@@ -86,33 +85,23 @@ def draw(
     A record has its question's `digest`, `text` (think tags spelled out), `tokens` (eos counted)
     and `truncated` (it ran into its limit). After each step yields the tokens made so far.
     """
-    waiting = iter(samples)
-    open_: dict[str, tuple[Sample, list[int]]] = {}
-    made = 0
-    while True:
-        while len(open_) < QUEUE * engine.settings.rows and (sample := next(waiting, None)):
-            request_id = "/".join(map(str, sample.key))
-            engine.submit(Request(request_id, sample.prompt, _sampling(reader, settings, sample)))
-            open_[request_id] = sample, []
-        if not open_:
-            return
-        for update in engine.step():
-            sample, tokens = open_[update.request_id]
-            tokens += update.tokens
-            made += len(update.tokens)
-            if update.finish is None:
-                continue
-            del open_[update.request_id]
-            write(
-                sample.key,
-                {
-                    "digest": sample.digest,
-                    "text": reader.decode(tokens),
-                    "tokens": len(tokens),
-                    "truncated": update.finish == "length",
-                },
-            )
-        yield made
+    named = {"/".join(map(str, sample.key)): sample for sample in samples}
+
+    def take(name: str, tokens: list[int], finish: FinishReason) -> None:
+        sample = named[name]
+        record = {
+            "digest": sample.digest,
+            "text": reader.decode(tokens),
+            "tokens": len(tokens),
+            "truncated": finish == "length",
+        }
+        write(sample.key, record)
+
+    requests = (
+        Request(name, sample.prompt, _sampling(reader, settings, sample))
+        for name, sample in named.items()
+    )
+    return drawing.draw(engine, requests, take)
 
 
 def _sampling(reader: Reader, settings: Settings, sample: Sample) -> SamplingParams:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,14 +14,14 @@ from rich.console import Console
 
 from dsjax.errors import UserError
 from dsjax.evaluation.grading import check_verifiers, grade
-from dsjax.evaluation.journal import Journal
-from dsjax.evaluation.protocol import Sample, draw, plan
-from dsjax.evaluation.reader import Reader, read_checkpoint
+from dsjax.evaluation.protocol import Key, Sample, draw, plan
 from dsjax.evaluation.results import draw_results, print_table, write_results
 from dsjax.evaluation.settings import Room, Settings
 from dsjax.evaluation.statistics import Grade, score_task
 from dsjax.evaluation.task import Task
 from dsjax.evaluation.tasks import open_tasks
+from dsjax.inference.reader import Reader, read_checkpoint, weights_stamp
+from dsjax.journal import Journal
 from dsjax.places import local_path
 from dsjax.training.progress import ThroughputDisplay, say
 from dsjax.training.signals import catch_termination
@@ -57,13 +56,13 @@ def run_eval(
     output.mkdir(parents=True, exist_ok=True)
     drawn_with = {
         "checkpoint": str(checkpoint),
-        "weights": _weights(checkpoint),
+        "weights": weights_stamp(checkpoint),
         **dataclasses.asdict(settings),
         "context": context,
         "dtype": room.dtype,
     }
     del drawn_with["k"]  # more samples can be drawn later
-    with Journal(output / "answers.jsonl", drawn_with) as journal:
+    with Journal(output / "answers.jsonl", drawn_with, Key) as journal:
         _complete(reader, settings, room, samples, journal, console)
         graded = []
         for task in tasks:
@@ -117,15 +116,7 @@ def _context(reader: Reader, room: Room) -> int:
     return room.context
 
 
-def _weights(checkpoint: Path) -> str:
-    """What tells these weights from others at the same path, such as a later step of a run."""
-    run = checkpoint / "checkpoints"
-    files = (file for file in (run if run.is_dir() else checkpoint).rglob("*") if file.is_file())
-    found = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
-
-
-def _missing(samples: Sequence[Sample], journal: Journal) -> list[Sample]:
+def _missing(samples: Sequence[Sample], journal: Journal[Key]) -> list[Sample]:
     """Samples without a record; a record of another question under the same id is refused."""
     missing = []
     for sample in samples:
@@ -145,7 +136,7 @@ def _complete(
     settings: Settings,
     room: Room,
     samples: Sequence[Sample],
-    journal: Journal,
+    journal: Journal[Key],
     console: Console,
 ) -> None:
     """Draw what is missing; leave, if a signal asks to stop before all is there."""
@@ -156,7 +147,7 @@ def _complete(
     if not missing:
         return
     # Imported late: what is wrong with an evaluation, or done already, is said without jax.
-    from dsjax.evaluation.opening import open_engine
+    from dsjax.inference.opening import open_engine
 
     # Of all samples, not of those that are missing: so a resumed evaluation runs the same programs.
     context = max(len(sample.prompt) + sample.max_tokens for sample in samples)

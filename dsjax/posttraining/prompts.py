@@ -64,6 +64,15 @@ class Questions:
                 found.append(record)
         return found, begin
 
+    def once(self, count: int | None) -> list[tuple[int, Mapping[str, Any]]]:
+        """All questions that are not held out, or the first so many of the order of training.
+
+        Each with its number in the files, from 0 on, by which the list is sorted.
+        """
+        numbers = (self._number(place) for place in range(len(self._records)))
+        kept = (n for n in numbers if not self._is_held_out(self._records[n]))
+        return [(number, self._records[number]) for number in sorted(islice(kept, count))]
+
     def held_out(self, count: int) -> list[Mapping[str, Any]]:
         """The first so many of those that are never trained on, or all there are."""
         places = range(len(self._records)) if self._fraction else range(0)
@@ -77,11 +86,15 @@ class Questions:
         Raises:
             UserError: it is messages, and the checkpoint has no chat template or refuses them.
         """
+        said = self.said(record)
+        return tuple(language.text(said) if isinstance(said, str) else language.chat(said))
+
+    def said(self, record: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+        """A question as it is asked: messages, or a text in the template."""
         prompt = record["prompt"]
-        if not isinstance(prompt, str):
-            return tuple(language.chat(prompt))
-        text = prompt if self._template is None else self._template.replace("{prompt}", prompt)
-        return tuple(language.text(text))
+        if isinstance(prompt, str) and self._template is not None:
+            return self._template.replace("{prompt}", prompt)
+        return prompt
 
     def check(self, language: Language, longest: int) -> None:
         """See that every question can be asked, and has at most `longest` tokens.
@@ -99,10 +112,13 @@ class Questions:
                 )
 
     def _at(self, place: int) -> Mapping[str, Any]:
+        return self._records[self._number(place)]
+
+    def _number(self, place: int) -> int:
         epoch, number = divmod(place, len(self._records))
         seed = (self._seed * 1_000_003 + epoch) % 2**32
         last = len(self._records) - 1
-        return self._records[index_shuffle(number, last, seed=seed, rounds=_ROUNDS)]
+        return index_shuffle(number, last, seed=seed, rounds=_ROUNDS)
 
     def _is_held_out(self, record: Mapping[str, Any]) -> bool:
         if not self._fraction:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dsjax.data.thinking import CLOSED, OPENED
+from dsjax.data.thinking import CLOSED, OPENED, begins_in_thought
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +23,6 @@ class Answer:
     """It ran into its limit of tokens: it has no end."""
     example: Mapping[str, Any]
     """The prompt file's line: "answer", "tests", "choices", "language", whatever the task has."""
-
-
-def begins_in_thought(prompt: str) -> bool:
-    """Whether the prompt opened a thought that the model goes on with."""
-    return prompt.rstrip().endswith(OPENED)
 
 
 def final_answer(answer: Answer) -> str | None:

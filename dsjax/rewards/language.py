@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -30,11 +31,8 @@ def language(config: LanguageReward, answer: Answer) -> float:
     is not published.
     """
     scripts = LANGUAGES[answer.example.get("language") or config.language or ""]
-    right = total = 0
-    for script in _words(prose(answer.text)):
-        total += 1
-        right += script in scripts
-    return right / total if total else 0.0
+    words = count_words(answer.text)
+    return sum(words[script] for script in scripts) / words.total() if words else 0.0
 
 
 def check_language(config: LanguageReward, example: Any) -> str | None:
@@ -45,6 +43,11 @@ def check_language(config: LanguageReward, example: Any) -> str | None:
     if not isinstance(named, str) or named not in LANGUAGES:
         return f"unknown language {named!r}; expected one of {', '.join(LANGUAGES)}"
     return None
+
+
+def count_words(text: str) -> Counter[str]:
+    """How many words of each script a text has, without code, formulas, addresses and tags."""
+    return Counter(_words(prose(text)))
 
 
 def prose(text: str) -> str:

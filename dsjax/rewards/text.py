@@ -6,8 +6,8 @@ import re
 import string
 
 from dsjax.config_rewards import ChoiceReward, ExactReward, FormatReward, LengthReward
-from dsjax.data.thinking import CLOSED, OPENED
-from dsjax.rewards.answer import Answer, begins_in_thought, final_answer
+from dsjax.data.thinking import CLOSED, OPENED, begins_in_thought
+from dsjax.rewards.answer import Answer, final_answer
 
 
 def exact(_: ExactReward, answer: Answer) -> float:

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dsjax.evaluation import opening
 from dsjax.evaluation.run import run_eval
 from dsjax.evaluation.settings import Room, Settings
+from dsjax.inference import opening
 from dsjax.inference.request import FinishReason, Request, Update
 
 Script = Callable[[Request], list[int]]

@@ -9,11 +9,11 @@ import pytest
 
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.errors import UserError
-from dsjax.evaluation.journal import Key
-from dsjax.evaluation.protocol import draw, plan, seed_of
-from dsjax.evaluation.reader import read_checkpoint
+from dsjax.evaluation.protocol import Key, draw, plan
 from dsjax.evaluation.settings import Settings
 from dsjax.evaluation.tasks import open_tasks
+from dsjax.inference.drawing import seed_of
+from dsjax.inference.reader import read_checkpoint
 from tests.evaluation.stand_ins import KilledError, ScriptedEngine, evaluate
 
 TASKS = ("letters", "arithmetic-easy")
@@ -149,7 +149,7 @@ def test_the_picture_and_the_table_are_there(run, capsys):
 @pytest.mark.slow
 def test_a_sample_does_not_depend_on_what_runs_beside_it(checkpoint):
     """The same tokens from the engine itself, one after the other, in fours, in another order."""
-    from dsjax.evaluation.opening import open_engine
+    from dsjax.inference.opening import open_engine
 
     reader, settings = read_checkpoint(checkpoint), Settings(k=2, max_tokens=12)
     samples = plan(open_tasks(["letters"], 4), reader, settings, 256)

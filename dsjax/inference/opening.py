@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsjax.checkpoint.load import load
-from dsjax.evaluation.reader import Reader
 from dsjax.inference.engine import Engine
+from dsjax.inference.reader import Reader
 from dsjax.inference.settings import EngineSettings
 from sharding.mesh import make_mesh
 

@@ -1,7 +1,8 @@
 """A file of records that outlives a kill: JSON lines, each under a key, each written once.
 
 The first line holds the settings that the records depend on; who comes with other settings is
-refused, so records of two kinds never meet in one file.
+refused, so records of two kinds never meet in one file. Answers that take hours to draw are kept
+so, and what verifiers said of them.
 """
 
 from __future__ import annotations
@@ -11,37 +12,33 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from dsjax.errors import UserError
 from dsjax.small_files import parse_json
 
-
-class Key(NamedTuple):
-    """Which sample a record is about."""
-
-    task: str
-    question: str
-    sample: int
+Key = TypeVar("Key", bound=NamedTuple)
 
 
-class Journal:
+class Journal(Generic[Key]):
     """Records by key; a context that keeps the file to this process.
 
     Args:
         path: made if it is not there; a last line that a kill tore is cut off.
         settings: flat, of JSON.
+        kind: what a record is about, a NamedTuple of JSON; its fields stand first in each line.
 
     Raises:
         UserError: another process has the file, or it is not ours, or has other settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
+    def __init__(self, path: Path, settings: Mapping[str, Any], kind: type[Key]):
         self.records: dict[Key, dict[str, Any]] = {}
         self.written = 0
         """Of the records, those of this process."""
         self.settings = dict(settings)
         self._path = path
+        self._kind = kind
         try:
             self._file = path.open("a+b")
         except OSError as error:
@@ -72,7 +69,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            problem = "another process is writing it; wait for it, or choose another --output"
+            problem = "another process is writing it; wait for it, or choose another output folder"
             raise UserError(f"{self._path}: {problem}") from None
 
     def _read(self, settings: Mapping[str, Any]) -> None:
@@ -94,9 +91,9 @@ class Journal:
 
     def _take(self, record: dict[str, Any], number: int) -> None:
         try:
-            key = Key(*(record.pop(name) for name in Key._fields))
+            key = self._kind._make([record.pop(name) for name in self._kind._fields])
         except KeyError as error:
-            problem = f"line {number}: is no record of an evaluation, {error} is missing"
+            problem = f"line {number}: is no record of this kind, {error} is missing"
             raise UserError(f"{self._path}: {problem}") from None
         if key in self.records:
             raise UserError(f"{self._path}: line {number}: {key} stands in an earlier line too")
@@ -104,18 +101,35 @@ class Journal:
 
     def _compare(self, found: Any, settings: Mapping[str, Any]) -> None:
         if not isinstance(found, dict):
-            raise UserError(
-                f"{self._path}: is no journal of an evaluation; choose another --output"
-            )
-        for name in {**found, **settings}:
-            if found.get(name) != settings.get(name):
-                raise UserError(
-                    f"{self._path}: was made with {name}={found.get(name)!r}, now it is "
-                    f"{settings.get(name)!r}; choose another --output, or delete the folder"
-                )
+            raise UserError(f"{self._path}: is no journal; choose another output folder")
+        refuse_other_settings(self._path, found, settings)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        # JSON can spell half a surrogate pair, UTF-8 cannot: it stays escaped.
-        self._file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+        self._file.write(as_line(record))
         self._file.flush()
+
+
+def refuse_other_settings(
+    path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """See that what `path` was made with, `found`, is what is asked for now.
+
+    Raises:
+        UserError: a setting differs; the message names the first.
+    """
+    for name in {**found, **settings}:
+        if found.get(name) != settings.get(name):
+            raise UserError(
+                f"{path}: was made with {name}={found.get(name)!r}, now it is "
+                f"{settings.get(name)!r}; choose another output folder, or delete this one"
+            )
+
+
+def as_line(record: Mapping[str, Any]) -> bytes:
+    """A line of JSON. Half a surrogate pair, which JSON can spell and UTF-8 cannot, stays escaped.
+
+    Raises:
+        ValueError: a number is infinite, or none.
+    """
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace") + b"\n"

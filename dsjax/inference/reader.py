@@ -1,11 +1,12 @@
-"""What an evaluation reads of a checkpoint before any weight: its language and its limits.
+"""What is read of a checkpoint before any weight: its language and its limits.
 
-Imports no jax: what is wrong with a task or its length is said at once.
+Imports no jax: what is wrong with a prompt or its length is said at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 from dsjax.architecture import ModelConfig
@@ -16,7 +17,7 @@ from dsjax.inference.stops import read_stop_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Reader(Language):
-    """A checkpoint's language, and what else an evaluation has to know of it."""
+    """A checkpoint's language, and what else who asks it has to know."""
 
     checkpoint: Path
     config: ModelConfig
@@ -49,3 +50,14 @@ def read_checkpoint(checkpoint: Path) -> Reader:
         config=config,
         stop_tokens=read_stop_tokens(language.home, config.vocab_size),
     )
+
+
+def weights_stamp(checkpoint: Path) -> str:
+    """What tells these weights from others at the same path, such as a later step of a run.
+
+    Of names, sizes and times of files: hundreds of gigabytes are not read for it.
+    """
+    run = checkpoint / "checkpoints"
+    files = (file for file in (run if run.is_dir() else checkpoint).rglob("*") if file.is_file())
+    found = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()

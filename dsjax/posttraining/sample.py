@@ -1,0 +1,308 @@
+"""`dsjax sample`: answers drawn, scored, filtered, and written as data for supervised tuning.
+
+output/sft.jsonl       the answers that were kept, as `task: sft` reads them, with their provenance
+output/answers.jsonl   every answer, with its rewards and what became of it
+output/summary.json    settings, counts, and how many were refused for which reason; written last
+output/journal.jsonl   while it runs: what was drawn, and what it is worth
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from dsjax.config_sample import SampleConfig
+from dsjax.errors import UserError
+from dsjax.inference.drawing import draw, seed_of
+from dsjax.inference.reader import Reader, read_checkpoint, weights_stamp
+from dsjax.inference.request import FinishReason, Request, SamplingParams
+from dsjax.journal import Journal, as_line, refuse_other_settings
+from dsjax.places import as_path, local_path
+from dsjax.posttraining.prompts import Check, open_questions
+from dsjax.posttraining.sample_filters import KEPT, Judge, check_line
+from dsjax.posttraining.sample_rows import data_row, digest_of, origin
+from dsjax.rewards.answer import Answer
+from dsjax.rewards.score import Scorer
+from dsjax.small_files import read_json, write_whole
+from dsjax.training.progress import ThroughputDisplay, say
+from dsjax.training.signals import Termination, catch_termination
+
+JOURNAL, ANSWERS, DATA, SUMMARY = "journal.jsonl", "answers.jsonl", "sft.jsonl", "summary.json"
+
+Verdicts = Mapping[tuple[int, int], str]
+"""By prompt and sample."""
+
+AT_ONCE = 256
+"""Answers that are scored before what they are worth is written down. Which ones go together
+depends on nothing else: a reward that compares answers says the same after a kill."""
+
+
+class Key(NamedTuple):
+    """What a record of the journal is: an answer as it was drawn, or its score."""
+
+    record: str
+    prompt: int
+    sample: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One prompt."""
+
+    number: int
+    """Among all of its files, from 0 on."""
+    example: Mapping[str, Any]
+    """Its line."""
+    said: str | list[dict[str, Any]]
+    """A text, in the template, or messages."""
+    tokens: tuple[int, ...]
+    digest: str
+
+
+def sample(config: SampleConfig, console: Console) -> None:
+    """Draw `sampling.k` answers to each prompt, and keep the good ones; called again, it goes on.
+
+    Raises:
+        UserError: the checkpoint, a prompt, a reward or the output cannot be used, or the output
+            was made with other settings. Nothing has been written then.
+        SystemExit: 143 or 130, after SIGTERM or SIGINT; what was drawn is kept.
+    """
+    checkpoint = as_path(config.checkpoint)
+    reader = read_checkpoint(checkpoint)
+    stamp = weights_stamp(checkpoint)
+    output = local_path(as_path(config.output), "output")
+    if (output / SUMMARY).is_file():
+        settings = _settings(config, stamp, _ask(config, reader, lambda example, where: None))
+        refuse_other_settings(
+            output / SUMMARY, read_json(output / SUMMARY).get("settings", {}), settings
+        )
+        (output / JOURNAL).unlink(missing_ok=True)  # a kill can come before that
+        say(console, f"{output}: finished already; nothing is left to do")
+        return
+
+    def check(example: Mapping[str, Any], where: str) -> None:
+        scorer.check(example, where)
+        check_line(config.filters, example, where)
+
+    with Scorer(config.rewards) as scorer:
+        asked = _ask(config, reader, check)
+        about = origin(config, checkpoint, stamp)
+        settings = _settings(config, stamp, asked)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{output}: cannot be made: {error.strerror}") from error
+        with (
+            Journal(output / JOURNAL, settings, Key) as journal,
+            catch_termination() as termination,
+        ):
+            run = _Run(config, reader, asked, journal, console, termination)
+            speed = run.draw()
+            run.score(scorer)
+            run.write(output, about, speed)
+            (output / JOURNAL).unlink()
+
+
+def _ask(config: SampleConfig, reader: Reader, check: Check) -> list[Asked]:
+    """All prompts, each of which has room for its answers."""
+    questions = open_questions(config.prompts, check, config.seed)
+    context, limit = reader.config.max_position_embeddings, config.sampling.max_tokens
+    asked = []
+    for number, example in questions.once(config.limit):
+        try:
+            tokens = questions.encode(example, reader)
+        except UserError as error:
+            raise UserError(f"{config.prompts.path}: prompt {number + 1}: {error}") from None
+        if len(tokens) + limit > context:
+            raise UserError(
+                f"{config.prompts.path}: prompt {number + 1} has {len(tokens)} tokens, which with "
+                f"sampling.max_tokens={limit} go beyond the model's context of {context}; lower "
+                "the second, or leave the prompt out"
+            )
+        said = questions.said(example)
+        asked.append(Asked(number, example, said, tokens, digest_of(said, example)))
+    return asked
+
+
+def _settings(config: SampleConfig, stamp: str, asked: list[Asked]) -> dict[str, Any]:
+    """All that the written files depend on: not where they are, nor where the model is."""
+    tree = config.model_dump(
+        mode="json", exclude={"output": True, "mesh": True, "sampling": {"rows"}}
+    )
+    flat: dict[str, Any] = {}
+    for section, value in tree.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{section}.{key}".rstrip("."): part for key, part in parts.items()}
+    digests = "".join(f"{one.number} {one.digest} " for one in asked)
+    asked_digest = hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
+    return {**flat, "weights": stamp, "questions": asked_digest}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Everything that the three stages need."""
+
+    config: SampleConfig
+    reader: Reader
+    asked: list[Asked]
+    journal: Journal[Key]
+    console: Console
+    termination: Termination
+
+    def draw(self) -> float | None:
+        """Draw what is missing; tokens a second, if there was anything."""
+        requests = {
+            f"{one.number}/{number}": (one, number)
+            for one in self.asked
+            for number in range(self.config.sampling.k)
+            if Key("answer", one.number, number) not in self.journal.records
+        }
+        total = len(self.asked) * self.config.sampling.k
+        before = total - len(requests)
+        if before:
+            say(self.console, f"{before:,} of {total:,} answers are there already")
+        if not requests:
+            return None
+
+        def take(name: str, tokens: list[int], finish: FinishReason) -> None:
+            one, number = requests[name]
+            key = Key("answer", one.number, number)
+            text = self.reader.decode(tokens)
+            self.journal.write(key, {"text": text, "tokens": len(tokens), "finish": finish})
+
+        # Imported late: what is wrong, or done already, is said without jax.
+        from dsjax.inference.opening import open_engine
+
+        config = self.config
+        # Of all prompts, not of those that are missing: a resumed run runs the same programs.
+        context = max(len(one.tokens) for one in self.asked) + config.sampling.max_tokens
+        engine = open_engine(
+            self.reader, config.sampling.rows, context, dtype=config.dtype, mesh=config.mesh
+        )
+        pending = (self._request(name, *asked) for name, asked in requests.items())
+        with ThroughputDisplay("answers", total, before, self.console) as progress:
+            for tokens in draw(engine, pending, take):
+                progress.update(before + self.journal.written, tokens)
+                self._stop_if_asked()
+        return progress.tokens_per_second or None
+
+    def score(self, scorer: Scorer) -> None:
+        """Write down what each answer is worth."""
+        samples = range(self.config.sampling.k)
+        step = max(1, AT_ONCE // len(samples))
+        for begin in range(0, len(self.asked), step):
+            pairs = [(one, n) for one in self.asked[begin : begin + step] for n in samples]
+            keys = [Key("score", one.number, n) for one, n in pairs]
+            if all(key in self.journal.records for key in keys):
+                continue
+            scores = scorer.score([self._answer(one, n) for one, n in pairs])
+            for key, score in zip(keys, scores, strict=True):
+                if key not in self.journal.records:
+                    self.journal.write(key, dataclasses.asdict(score))
+            self._stop_if_asked()
+
+    def write(self, output: Path, about: Mapping[str, Any], speed: float | None) -> None:
+        """Judge all answers, and write the three files, each whole."""
+        judge, samples = Judge(self.config), range(self.config.sampling.k)
+        verdicts = {}
+        for one in self.asked:
+            answers = [self._answer(one, n) for n in samples]
+            rewards = [self._score(one, n)["values"] for n in samples]
+            said = judge.judge(one.number, answers, rewards)
+            verdicts |= {(one.number, n): verdict for n, verdict in enumerate(said)}
+        write_whole(output / ANSWERS, self._answer_lines(verdicts))
+        write_whole(output / DATA, self._data_lines(verdicts, about))
+        summary = {"settings": self.journal.settings, **self._count(verdicts)}
+        summary |= {"tokens_per_second": speed and round(speed, 1)}
+        write_whole(output / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
+        for reason, count in summary["refused"].items():
+            say(self.console, f"{count:8,} refused: {reason}")
+        say(
+            self.console,
+            f"{summary['kept']:8,} kept of {summary['answers']:,} answers, for "
+            f"{summary['prompts_kept']:,} of {summary['prompts']:,} prompts: {output / DATA}",
+        )
+
+    def _request(self, name: str, one: Asked, number: int) -> Request:
+        sampling = self.config.sampling
+        params = SamplingParams(
+            sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_tokens=self.reader.stop_tokens,
+            seed=self._seed(one, number),
+        )
+        return Request(name, one.tokens, params)
+
+    def _seed(self, one: Asked, number: int) -> int:
+        return seed_of(self.config.seed, (one.number, number))
+
+    def _record(self, one: Asked, number: int) -> dict[str, Any]:
+        return self.journal.records[Key("answer", one.number, number)]
+
+    def _score(self, one: Asked, number: int) -> dict[str, Any]:
+        return self.journal.records[Key("score", one.number, number)]
+
+    def _answer(self, one: Asked, number: int) -> Answer:
+        record = self._record(one, number)
+        truncated = record["finish"] == "length"
+        prompt = self.reader.decode(one.tokens)
+        return Answer(prompt, record["text"], record["tokens"], truncated, one.example)
+
+    def _each(self) -> Iterator[tuple[Asked, int]]:
+        return ((one, n) for one in self.asked for n in range(self.config.sampling.k))
+
+    def _answer_lines(self, verdicts: Verdicts) -> Iterator[bytes]:
+        for one, n in self._each():
+            score = self._score(one, n)
+            row = {"prompt": one.number, "sample": n, "seed": self._seed(one, n)}
+            row |= {**self._record(one, n), "reward": score["total"], "rewards": score["values"]}
+            yield as_line(row | {"failures": score["reasons"], "verdict": verdicts[one.number, n]})
+
+    def _data_lines(self, verdicts: Verdicts, about: Mapping[str, Any]) -> Iterator[bytes]:
+        for one, n in self._each():
+            if verdicts[one.number, n] != KEPT:
+                continue
+            answer = self._answer(one, n)
+            row = data_row(one.said, answer.prompt, answer.text)
+            which = {"prompt": one.number, "prompt_digest": one.digest, "sample": n}
+            how = {"seed": self._seed(one, n), "rewards": self._score(one, n)["values"]}
+            yield as_line({**row, "provenance": {**about, **which, **how}})
+
+    def _count(self, verdicts: Verdicts) -> dict[str, Any]:
+        """What became of the answers, and of the prompts."""
+        counts = Counter(verdicts.values())
+        kept = counts.pop(KEPT, 0)
+        records = [self._record(*each) for each in self._each()]
+        right = [next(iter(self._score(*each)["values"].values())) >= 1 for each in self._each()]
+        solved = {one.number for (one, _), good in zip(self._each(), right, strict=True) if good}
+        failures = Counter(
+            f"{name}: {reason}"
+            for each in self._each()
+            for name, reason in self._score(*each)["reasons"].items()
+        )
+        return {
+            "prompts": len(self.asked),
+            "prompts_solved": len(solved),
+            "prompts_kept": len({number for (number, _), v in verdicts.items() if v == KEPT}),
+            "answers": len(verdicts),
+            "pass@1": sum(right) / len(right),
+            "kept": kept,
+            "refused": dict(sorted(counts.items())),
+            "verifier_failures": dict(sorted(failures.items())),
+            "answer_tokens": sum(record["tokens"] for record in records) / len(records),
+        }
+
+    def _stop_if_asked(self) -> None:
+        if self.termination.received is not None:
+            say(self.console, "stopped; what was drawn is kept, and the same command goes on")
+            sys.exit(128 + self.termination.received)
