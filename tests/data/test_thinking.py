@@ -3,7 +3,7 @@
 import pytest
 
 from dsjax.data.text import TextStream
-from dsjax.data.thinking import ThoughtfulSpeech, opens_thought
+from dsjax.data.thinking import ThoughtfulSpeech, opens_thought, split_thought
 from tests.data.spoken import ids, tokenizer
 
 START, END = ids("<think></think>")
@@ -22,7 +22,7 @@ def told(text, thinking=False, stops=(), start=START):
     return {field: text for field, text in fields.items() if text}, speech
 
 
-@pytest.mark.parametrize(
+CASES = pytest.mark.parametrize(
     ("text", "thinking", "thought", "content"),
     [
         ("so 中\n\nit\n</think>\n\nis 😀\n", True, "so 中\n\nit", "is 😀\n"),
@@ -43,9 +43,18 @@ def told(text, thinking=False, stops=(), start=START):
         ("so</think>\n\n", True, "so", None),
     ],
 )
+
+
+@CASES
 def test_text_goes_where_the_tags_say(text, thinking, thought, content):
     fields = {"reasoning_content": thought, "content": content}
     assert told(text, thinking)[0] == {k: v for k, v in fields.items() if v is not None}
+
+
+@CASES
+def test_a_whole_text_is_told_apart_alike(text, thinking, thought, content):
+    found, said = split_thought("why?<think>\n" if thinking else "why?", text)
+    assert (found or None, said or None) == (thought, content)
 
 
 def test_a_model_without_tags_only_speaks():

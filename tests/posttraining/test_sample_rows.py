@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+from dsjax.checkpoint.manifest import write_manifest
+from dsjax.config_files import load_sample_config
+from dsjax.posttraining.sample_rows import origin
 from tests.evaluation.stand_ins import ScriptedEngine
 from tests.posttraining.sampled import checkpoint as checkpoint
-from tests.posttraining.sampled import lines, says, write_prompts
+from tests.posttraining.sampled import lines, says, write_config, write_prompts
 from tests.posttraining.sampled import run as run
 
 
@@ -65,6 +69,17 @@ def test_every_row_says_where_it_comes_from(
         "rewards": {"exact": 1.0, "length": 0.0},
     }
     assert lines(folder / "answers.jsonl")[3]["reward"] == 1.0
+
+
+def test_a_row_from_a_run_names_the_step_and_the_digest_of_all_its_files(tmp_path: Path) -> None:
+    step = tmp_path / "checkpoints/00000007"
+    step.mkdir(parents=True)
+    (step / "extra.json").write_text("{}")
+    write_manifest(step, 7, {})
+    config = load_sample_config(write_config(tmp_path, tmp_path))
+    found = origin(config, tmp_path, "stamp")
+    digest = hashlib.sha256((step / "manifest.json").read_bytes()).hexdigest()
+    assert (found["step"], found["manifest"]) == (7, digest)
 
 
 def test_the_first_answers_of_many_are_those_of_few(
