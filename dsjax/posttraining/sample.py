@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -24,21 +21,18 @@ from dsjax.errors import UserError
 from dsjax.inference.drawing import draw, seed_of
 from dsjax.inference.reader import Reader, read_checkpoint, weights_stamp
 from dsjax.inference.request import FinishReason, Request, SamplingParams
-from dsjax.journal import Journal, as_line, refuse_other_settings
+from dsjax.journal import Journal, refuse_other_settings
 from dsjax.places import as_path, local_path
 from dsjax.posttraining.prompts import Check, open_questions
-from dsjax.posttraining.sample_filters import KEPT, Judge, check_line
-from dsjax.posttraining.sample_rows import data_row, digest_of, origin
-from dsjax.rewards.answer import Answer
+from dsjax.posttraining.sample_filters import check_line
+from dsjax.posttraining.sample_results import SUMMARY, write_results
+from dsjax.posttraining.sample_rows import Asked, Drawn, origin_of
 from dsjax.rewards.score import Scorer
-from dsjax.small_files import read_json, write_whole
+from dsjax.small_files import read_json
 from dsjax.training.progress import ThroughputDisplay, say
 from dsjax.training.signals import Termination, catch_termination
 
-JOURNAL, ANSWERS, DATA, SUMMARY = "journal.jsonl", "answers.jsonl", "sft.jsonl", "summary.json"
-
-Verdicts = Mapping[tuple[int, int], str]
-"""By prompt and sample."""
+JOURNAL = "journal.jsonl"
 
 AT_ONCE = 256
 """Answers that are scored before what they are worth is written down. Which ones go together
@@ -51,20 +45,6 @@ class Key(NamedTuple):
     record: str
     prompt: int
     sample: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """One prompt."""
-
-    number: int
-    """Among all of its files, from 0 on."""
-    example: Mapping[str, Any]
-    """Its line."""
-    said: str | list[dict[str, Any]]
-    """A text, in the template, or messages."""
-    tokens: tuple[int, ...]
-    digest: str
 
 
 def sample(config: SampleConfig, console: Console) -> None:
@@ -94,7 +74,7 @@ def sample(config: SampleConfig, console: Console) -> None:
 
     with Scorer(config.rewards) as scorer:
         asked = _ask(config, reader, check)
-        about = origin(config, checkpoint, stamp)
+        about = origin_of(config, checkpoint, stamp)
         settings = _settings(config, stamp, asked)
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -107,7 +87,8 @@ def sample(config: SampleConfig, console: Console) -> None:
             run = _Run(config, reader, asked, journal, console, termination)
             speed = run.draw()
             run.score(scorer)
-            run.write(output, about, speed)
+            groups = [[run.drawn(one, n) for n in range(config.sampling.k)] for one in asked]
+            write_results(output, config, groups, settings, about, speed, console)
             (output / JOURNAL).unlink()
 
 
@@ -127,8 +108,8 @@ def _ask(config: SampleConfig, reader: Reader, check: Check) -> list[Asked]:
                 f"sampling.max_tokens={limit} go beyond the model's context of {context}; lower "
                 "the second, or leave the prompt out"
             )
-        said = questions.said(example)
-        asked.append(Asked(number, example, said, tokens, digest_of(said, example)))
+        prompt = reader.decode(tokens)
+        asked.append(Asked(number, example, questions.said(example), tokens, prompt))
     return asked
 
 
@@ -203,33 +184,18 @@ class _Run:
             keys = [Key("score", one.number, n) for one, n in pairs]
             if all(key in self.journal.records for key in keys):
                 continue
-            scores = scorer.score([self._answer(one, n) for one, n in pairs])
+            scores = scorer.score([self.drawn(one, n).answer for one, n in pairs])
             for key, score in zip(keys, scores, strict=True):
                 if key not in self.journal.records:
                     self.journal.write(key, dataclasses.asdict(score))
             self._stop_if_asked()
 
-    def write(self, output: Path, about: Mapping[str, Any], speed: float | None) -> None:
-        """Judge all answers, and write the three files, each whole."""
-        judge, samples = Judge(self.config), range(self.config.sampling.k)
-        verdicts = {}
-        for one in self.asked:
-            answers = [self._answer(one, n) for n in samples]
-            rewards = [self._score(one, n)["values"] for n in samples]
-            said = judge.judge(one.number, answers, rewards)
-            verdicts |= {(one.number, n): verdict for n, verdict in enumerate(said)}
-        write_whole(output / ANSWERS, self._answer_lines(verdicts))
-        write_whole(output / DATA, self._data_lines(verdicts, about))
-        summary = {"settings": self.journal.settings, **self._count(verdicts)}
-        summary |= {"tokens_per_second": speed and round(speed, 1)}
-        write_whole(output / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
-        for reason, count in summary["refused"].items():
-            say(self.console, f"{count:8,} refused: {reason}")
-        say(
-            self.console,
-            f"{summary['kept']:8,} kept of {summary['answers']:,} answers, for "
-            f"{summary['prompts_kept']:,} of {summary['prompts']:,} prompts: {output / DATA}",
-        )
+    def drawn(self, one: Asked, number: int) -> Drawn:
+        """An answer, and its score if it has one."""
+        records = self.journal.records
+        score = records.get(Key("score", one.number, number), {})
+        record = records[Key("answer", one.number, number)]
+        return Drawn(one, number, self._seed(one, number), record, score)
 
     def _request(self, name: str, one: Asked, number: int) -> Request:
         sampling = self.config.sampling
@@ -245,62 +211,6 @@ class _Run:
 
     def _seed(self, one: Asked, number: int) -> int:
         return seed_of(self.config.seed, (one.number, number))
-
-    def _record(self, one: Asked, number: int) -> dict[str, Any]:
-        return self.journal.records[Key("answer", one.number, number)]
-
-    def _score(self, one: Asked, number: int) -> dict[str, Any]:
-        return self.journal.records[Key("score", one.number, number)]
-
-    def _answer(self, one: Asked, number: int) -> Answer:
-        record = self._record(one, number)
-        truncated = record["finish"] == "length"
-        prompt = self.reader.decode(one.tokens)
-        return Answer(prompt, record["text"], record["tokens"], truncated, one.example)
-
-    def _each(self) -> Iterator[tuple[Asked, int]]:
-        return ((one, n) for one in self.asked for n in range(self.config.sampling.k))
-
-    def _answer_lines(self, verdicts: Verdicts) -> Iterator[bytes]:
-        for one, n in self._each():
-            score = self._score(one, n)
-            row = {"prompt": one.number, "sample": n, "seed": self._seed(one, n)}
-            row |= {**self._record(one, n), "reward": score["total"], "rewards": score["values"]}
-            yield as_line(row | {"failures": score["reasons"], "verdict": verdicts[one.number, n]})
-
-    def _data_lines(self, verdicts: Verdicts, about: Mapping[str, Any]) -> Iterator[bytes]:
-        for one, n in self._each():
-            if verdicts[one.number, n] != KEPT:
-                continue
-            answer = self._answer(one, n)
-            row = data_row(one.said, answer.prompt, answer.text)
-            which = {"prompt": one.number, "prompt_digest": one.digest, "sample": n}
-            how = {"seed": self._seed(one, n), "rewards": self._score(one, n)["values"]}
-            yield as_line({**row, "provenance": {**about, **which, **how}})
-
-    def _count(self, verdicts: Verdicts) -> dict[str, Any]:
-        """What became of the answers, and of the prompts."""
-        counts = Counter(verdicts.values())
-        kept = counts.pop(KEPT, 0)
-        records = [self._record(*each) for each in self._each()]
-        right = [next(iter(self._score(*each)["values"].values())) >= 1 for each in self._each()]
-        solved = {one.number for (one, _), good in zip(self._each(), right, strict=True) if good}
-        failures = Counter(
-            f"{name}: {reason}"
-            for each in self._each()
-            for name, reason in self._score(*each)["reasons"].items()
-        )
-        return {
-            "prompts": len(self.asked),
-            "prompts_solved": len(solved),
-            "prompts_kept": len({number for (number, _), v in verdicts.items() if v == KEPT}),
-            "answers": len(verdicts),
-            "pass@1": sum(right) / len(right),
-            "kept": kept,
-            "refused": dict(sorted(counts.items())),
-            "verifier_failures": dict(sorted(failures.items())),
-            "answer_tokens": sum(record["tokens"] for record in records) / len(records),
-        }
 
     def _stop_if_asked(self) -> None:
         if self.termination.received is not None:

@@ -28,6 +28,7 @@ from dsjax.config_sample import (
 from dsjax.data.thinking import CLOSED, OPENED, split_thought
 from dsjax.errors import UserError
 from dsjax.inference.drawing import seed_of
+from dsjax.posttraining.sample_rows import Drawn
 from dsjax.rewards.answer import Answer, final_answer
 from dsjax.rewards.language import check_language, count_words
 
@@ -64,30 +65,25 @@ class Judge:
         self._seen: set[bytes] = set()
         """Digests of what was kept, if that has to be distinct."""
 
-    def judge(
-        self, number: int, answers: Sequence[Answer], rewards: Sequence[Mapping[str, float]]
-    ) -> list[str]:
-        """Verdicts on the answers to prompt `number`, in their order.
-
-        Args:
-            rewards: the value of each reward by its name, for each answer.
-        """
-        verdicts = [self._verdict(*pair) for pair in zip(answers, rewards, strict=True)]
+    def judge(self, group: Sequence[Drawn]) -> list[str]:
+        """Verdicts on the answers to one prompt, in their order."""
+        verdicts = [self._verdict(drawn) for drawn in group]
         kept = [place for place, verdict in enumerate(verdicts) if verdict == KEPT]
-        kept.sort(key=lambda place: seed_of(self._config.seed, ("keep", number, place)))
         if (most := self._config.keep_per_prompt) is not None:
+            kept.sort(key=lambda place: seed_of(group[place].seed, ("keep",)))
             for place in kept[most:]:
                 verdicts[place] = "over keep_per_prompt"
         return verdicts
 
-    def _verdict(self, answer: Answer, rewards: Mapping[str, float]) -> str:
+    def _verdict(self, drawn: Drawn) -> str:
+        answer = drawn.answer
         mark = None
         for each in self._config.filters:
             match each:
                 case FinishedFilter():
                     reason = _unfinished(answer)
                 case CorrectFilter():
-                    reason = None if next(iter(rewards.values())) >= 1 else "wrong"
+                    reason = None if drawn.is_right else "wrong"
                 case LanguageFilter():
                     reason = "mixed language" if _is_mixed(each, answer) else None
                 case ReadableFilter():

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dsjax import cli
-from dsjax.evaluation import opening
+from dsjax.inference import opening
 from tests.evaluation.stand_ins import ScriptedEngine
 
 

@@ -129,6 +129,7 @@ def test_a_finished_run_says_so_and_does_nothing(
     write_sums(tmp_path, 2)
     folder = run(ScriptedEngine())
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "journal.jsonl").write_text("")  # as a kill at the very end leaves it
     capsys.readouterr()
     again = ScriptedEngine()
     run(again, "sampling.rows=7")

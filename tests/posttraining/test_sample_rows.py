@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsjax.checkpoint.manifest import write_manifest
 from dsjax.config_files import load_sample_config
-from dsjax.posttraining.sample_rows import origin
+from dsjax.posttraining.sample_rows import origin_of
 from tests.evaluation.stand_ins import ScriptedEngine
 from tests.posttraining.sampled import checkpoint as checkpoint
 from tests.posttraining.sampled import lines, says, write_config, write_prompts
@@ -77,7 +77,7 @@ def test_a_row_from_a_run_names_the_step_and_the_digest_of_all_its_files(tmp_pat
     (step / "extra.json").write_text("{}")
     write_manifest(step, 7, {})
     config = load_sample_config(write_config(tmp_path, tmp_path))
-    found = origin(config, tmp_path, "stamp")
+    found = origin_of(config, tmp_path, "stamp")
     digest = hashlib.sha256((step / "manifest.json").read_bytes()).hexdigest()
     assert (found["step"], found["manifest"]) == (7, digest)
 
