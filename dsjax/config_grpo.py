@@ -67,7 +67,8 @@ class GrpoConfig(Section):
     bias_update_rate: float = Field(default=0.0, ge=0)
     """Of the router's bias, a step; 0 freezes it."""
     shuffled_rewards: bool = False
-    """A control, which must learn nothing: a rollout's rewards are dealt anew among its answers."""
+    """A control, which must not learn what is asked: a rollout's values of the first reward, that
+    of being right, are dealt anew among its answers. The others, such as form, stay."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -68,11 +68,13 @@ def weigh(
     config: GrpoRunConfig,
     seed: Sequence[int],
 ) -> Rollout:
-    """Advantages within each group. In a control, rewards are dealt anew among all answers."""
+    """Advantages within each group. In a control, who is right is dealt anew among all answers."""
     rewards = np.array([[score.total for score in group] for group in scores], np.float64)
     if config.grpo.shuffled_rewards:
-        flat = rewards.ravel()
-        rewards = np.random.default_rng(seed).permutation(flat).reshape(rewards.shape)
+        name, weight = config.rewards[0].name, config.rewards[0].weight
+        right = weight * np.array([[score.values[name] for score in group] for group in scores])
+        dealt = np.random.default_rng(seed).permutation(right.ravel()).reshape(right.shape)
+        rewards += dealt - right
     return Rollout(written, scores, group_advantages(rewards, config.grpo), is_equal(rewards))
 
 
