@@ -76,6 +76,10 @@ def sample(config: SampleConfig, console: Console) -> None:
         asked = _ask(config, reader, check)
         about = origin_of(config, checkpoint, stamp)
         settings = _settings(config, stamp, asked)
+        if config.mesh is not None:  # what devices can be asked for, jax has to be asked
+            from sharding.mesh import make_mesh
+
+            make_mesh(config.mesh)
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -15,7 +15,9 @@ from rich.console import Console
 
 from dsjax.config_files import load_sample_config
 from dsjax.errors import UserError
+from dsjax.journal import Journal
 from dsjax.posttraining.sample import sample
+from dsjax.rewards.score import Scorer
 from tests.evaluation.stand_ins import KilledError, ScriptedEngine, babble
 from tests.forked import Forks, forks
 from tests.posttraining.sampled import checkpoint as checkpoint
@@ -47,21 +49,28 @@ def test_a_kill_while_scoring_loses_no_score_and_asks_for_whole_groups_again(
     write_sums(tmp_path, 8)
     monkeypatch.setattr("dsjax.posttraining.sample.AT_ONCE", 6)
     whole = contents(run(ScriptedEngine(), f"output={tmp_path / 'whole'}"))
-    from dsjax.journal import Journal
-
     write = Journal.write
     monkeypatch.setattr(
         Journal,
         "write",
         lambda self, key, record: (
-            write(self, key, record) if key[:2] != ("score", 4) else _raise(KilledError)
+            write(self, key, record) if key != ("score", 5, 0) else _raise(KilledError)
         ),
     )
     with pytest.raises(KilledError):
         run(ScriptedEngine())
     monkeypatch.setattr(Journal, "write", write)
+    sizes = []
+    score = Scorer.score
+
+    def counted(self: Scorer, answers: Any) -> Any:
+        sizes.append(len(answers))
+        return score(self, answers)
+
+    monkeypatch.setattr(Scorer, "score", counted)
     again = ScriptedEngine()
     assert contents(run(again)) == whole and again.submitted == []
+    assert sizes == [6, 6]  # of four groups two were done
 
 
 def _raise(kind: type[Exception]) -> None:
@@ -176,6 +185,7 @@ def test_other_settings_do_not_go_on(
         (["checkpoint=nowhere"], "nowhere: no such folder"),
         (["sampling.max_tokens=256"], r"prompt 1 has \d+ tokens, which with sampling.max_tokens"),
         (["prompts.path=nowhere.jsonl"], "nowhere.jsonl: no file matches"),
+        (["mesh.fsdp=3"], "mesh: .* needs 3 devices, but there are"),
         (["output=gs://bucket/x"], "output"),
         ([], r"prompts.jsonl:2: the reward 'exact': the key 'answer' is missing"),
         (["rewards=[{name: format}]"], r"prompts.jsonl:2: .*unknown language 'klingon'"),
