@@ -43,6 +43,7 @@ ROOM_OF = dict.fromkeys(
         "dsjax.config_files",
         "dsjax.config_grpo",
         "dsjax.config_rewards",
+        "dsjax.config_sft",
         "dsjax.places",
         "dsjax.small_files",
     ),

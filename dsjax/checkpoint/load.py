@@ -37,8 +37,12 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
     Raises:
         UserError: nothing there can be loaded; the message says what was found.
     """
+    return load_on(path, dtype, None if mesh is None else Layout(mesh, DECODE_RULES))
+
+
+def load_on(path: str | Path, dtype: Any, layout: Layout | None) -> Transformer:
+    """The same, placed by any layout: a run begins where another one, or a release, ended."""
     folder = as_path(path)
-    layout = None if mesh is None else Layout(mesh, DECODE_RULES)
     if kind_of(folder) == RUN:
         return _load_run(folder, dtype, layout)
     return load_files(folder, dtype, layout)

@@ -17,7 +17,7 @@ from dsjax.checkpoint.safetensors import INDEX, read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
 from dsjax.errors import UserError
-from dsjax.places import local_path
+from dsjax.places import as_path, local_path
 
 RUN = "a run"
 DSJAX = "dsjax weights"
@@ -114,6 +114,15 @@ def read_folder_config(folder: Path) -> ModelConfig:
     if kind == RUN:
         return load_run_config(folder / CONFIG).model
     return load_model_config(folder / CONFIG) if kind == DSJAX else read_config(folder)
+
+
+def model_of(path: str | Path) -> ModelConfig:
+    """The configuration of what `dsjax.load` would make of a checkpoint: of the layers it has.
+
+    Raises:
+        UserError: as `open_source` does.
+    """
+    return open_source(as_path(path), check=False).config
 
 
 def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False) -> Source:
