@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from dsjax.architecture import Section
 from dsjax.config import (
     HeldOutConfig,
     LoopConfig,
@@ -46,6 +47,17 @@ class TuningLoopConfig(LoopConfig):
     """0 leaves the router biases as they are."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv:2106.09685) on frozen weights."""
+
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0)
+    """The adapters' product is multiplied by alpha / rank."""
+    target_modules: list[str] | None = Field(None, min_length=1)
+    """Released names of linear layers, such as q_proj or down_proj. None takes those of attention,
+    and of the feed-forward where there are no routed experts, which have none."""
+
+
 class SftConfig(TrainRunConfig):
     """A run that trains on the assistant's part of conversations."""
 
@@ -56,3 +68,5 @@ class SftConfig(TrainRunConfig):
     optimizer: TuningOptimizerConfig
     training: TuningLoopConfig
     evaluation: HeldOutConfig
+    lora: LoraConfig | None = None
+    """None trains all weights."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
+from dsjax.checkpoint.adapters import cut_adapters
+from dsjax.checkpoint.peft import peft_files
+from dsjax.checkpoint.run_weights import read_adapters
 from dsjax.checkpoint.source import model_of
 from dsjax.config import OptimizerConfig, Stage
 from dsjax.config_files import CONFIGS
@@ -20,6 +25,7 @@ from dsjax.errors import UserError
 from dsjax.places import as_path
 from dsjax.posttraining.language import write_language
 from dsjax.posttraining.tuned import Tuned
+from dsjax.small_files import write_whole
 from dsjax.training.progress import say
 from dsjax.training.run import Run, make_layout, rows_read_here, together, train
 from sharding.distributed import agree
@@ -61,7 +67,9 @@ def prepare(config: SftConfig, console: Console) -> Run:
         held_out=held_out,
         abstract=tuned.abstract,
         begin=tuned.begin,
+        complete=tuned.complete,
         write_files=lambda folder: write_language(language, folder / "tokenizer", template),
+        finish=partial(_write_adapter, config),
         compressors=dict,
     )
 
@@ -140,3 +148,14 @@ def _scheduled(config: SftConfig, tokens: int) -> OptimizerConfig:
     final = first.value * config.optimizer.final_share
     stages = [Stage(value=first.value, until=0), Stage(value=final, until=tokens, shape="cosine")]
     return config.optimizer.model_copy(update={"learning_rate": stages})
+
+
+def _write_adapter(config: SftConfig, folder: Path) -> None:
+    """The newest adapters in PEFT's layout, where there are any."""
+    if config.lora is None:
+        return
+    lows = cut_adapters(config.model, config.lora, read_adapters(folder, check=False))
+    init = str(as_path(config.init).absolute())
+    for name, data in peft_files(config.model, config.lora, lows, init).items():
+        (folder / "adapter").mkdir(exist_ok=True)
+        write_whole(folder / "adapter" / name, data)

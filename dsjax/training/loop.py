@@ -27,7 +27,7 @@ from dsjax.training.optimizer import learning_rate_at
 from dsjax.training.profile import StepProfiler
 from dsjax.training.progress import ProgressDisplay
 from dsjax.training.signals import Termination
-from dsjax.training.step import Batch, Knobs, Metrics, TrainState, make_train_step
+from dsjax.training.step import Batch, Knobs, Metrics, TrainState, kept, make_train_step
 from sharding.distributed import WORK_SECONDS, barrier, fetch, gather, place_rows
 from sharding.rules import Layout
 
@@ -174,7 +174,7 @@ class TrainingLoop:
             "model": self.config.model.model_dump(),
         }
         self.log.cut()
-        self.store.save(self.clock.step, self.state, extra)
+        self.store.save(self.clock.step, kept(self.state), extra)
         self._saved_at = self.clock.step
 
     def _done(self) -> bool:

@@ -68,6 +68,8 @@ def _pretrain(config: PretrainConfig, console: Console) -> None:
         held_out=_held_out(config, corpus, tokenizer),
         abstract=abstract,
         begin=lambda: jax.jit(partial(init_state, config), out_shardings=shardings)(),
+        complete=lambda state: state,
+        finish=lambda folder: None,
         write_files=lambda folder: tokenizer.save(folder / "tokenizer"),
         compressors=partial(compression_baselines, corpus),
     )

@@ -40,7 +40,7 @@ from dsjax.training.picture import draw_run
 from dsjax.training.profile import StepProfiler
 from dsjax.training.progress import say
 from dsjax.training.signals import catch_termination
-from dsjax.training.step import TrainState, make_train_step
+from dsjax.training.step import TrainState, kept, make_train_step
 from dsjax.training.summary import show_summary, summary_of
 from sharding.context_parallel import check_context
 from sharding.distributed import agree, is_first, local_rows, processes, share
@@ -66,8 +66,12 @@ class Run:
     """Shapes and dtypes of all of the state."""
     begin: Callable[[], TrainState]
     """Makes the state before the first step, on the mesh; called where there is no checkpoint."""
+    complete: Callable[[TrainState], TrainState]
+    """Makes a state of what `kept` left of one in a checkpoint."""
     write_files: Callable[[Path], None]
     """Writes the tokenizer, and what else belongs there, into the run directory."""
+    finish: Callable[[Path], None]
+    """Writes what the task adds to the directory of a finished run."""
     compressors: Callable[[], dict[str, float]]
     """Bits per byte of compressors on the held-out text, for the summary."""
     make_step: StepMaker = make_train_step
@@ -134,12 +138,13 @@ def train(run: Run, console: Console) -> None:
     """
     config, layout = run.config, run.layout
     folder = as_path(config.run_dir)
-    placed = abstract_on(run.abstract, tree_shardings(run.abstract, layout))
+    saved = kept(run.abstract)
+    placed = abstract_on(saved, tree_shardings(saved, layout))
     store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     with closing(run.data), closing(store), use_layout(layout), catch_termination() as termination:
         state, clock = _resume(run, store, placed, console)
         share("run directory", lambda: _write_beginning(run, folder))
-        state = run.begin() if state is None else state
+        state = run.begin() if state is None else run.complete(state)
         with (
             closing(open_log(folder, clock.step)) as log,
             closing(StepProfiler(config.profile, folder)) as profiler,
@@ -167,7 +172,7 @@ def _write_beginning(run: Run, folder: Path) -> None:
 def _resume(
     run: Run, store: CheckpointStore, placed: TrainState, console: Console
 ) -> tuple[TrainState | None, Clock]:
-    """State and place of the newest sound checkpoint; None and the beginning when there is none."""
+    """What is kept of the newest sound checkpoint, and its place; None where there is none."""
     restored = store.restore(placed)
     if restored is None:
         return None, Clock()
@@ -192,4 +197,5 @@ def _finish(run: Run, folder: Path, console: Console) -> None:
     summary = summary_of(records, run.compressors() if run.held_out is not None else None)
     write_whole(folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
     show_summary(summary, console)
+    run.finish(folder)
     say(console, f"run directory: {folder}")

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import TrainRunConfig
-from dsjax.model.layers import RouterBias, sum_of_copies, tree_places
+from dsjax.model.layers import Frozen, RouterBias, sum_of_copies, tree_places, variables
 from dsjax.model.mtp import reaches, shift
 from dsjax.model.transformer import Remat, Transformer
 from dsjax.training.loss import cross_entropy
@@ -34,7 +34,8 @@ from sharding.rules import place
 class TrainState(NamedTuple):
     """Everything a step reads and writes. Tokens seen are counted by the host (past 2^31)."""
 
-    model: Transformer
+    model: Any
+    """A Transformer; in `kept`, the state of what it trains."""
     moments: Any
     step: Int[Array, ""]
     key: Array
@@ -316,6 +317,14 @@ def init_state(config: TrainRunConfig) -> TrainState:
         dtype=config.training.compute_dtype,
     )
     return state_of(model, config)
+
+
+def kept(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: not the frozen weights under adapters."""
+    if not any(isinstance(variable, Frozen) for _, variable in variables(state.model)):
+        return state
+    _, own, _ = nnx.split(state.model, (nnx.Param, RouterBias), Frozen)
+    return state._replace(model=own)
 
 
 def state_of(model: Transformer, config: TrainRunConfig) -> TrainState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import jax
 
 from dsjax.checkpoint.save import save
 from dsjax.checkpoint.source import model_of
+from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import load_model_config, load_run_config
 from dsjax.config_sft import SftConfig
 from dsjax.data.tokenizer import train_tokenizer
+from dsjax.model.layers import tree_shardings
 from dsjax.model.transformer import Transformer
+from dsjax.posttraining.tuned import Tuned
+from dsjax.training.step import TrainState, kept
 
 WORDS = ["def", "self", "return", "the", "user", "asks", "assistant", "answers", "x", "0", "1"]
 
@@ -70,3 +75,12 @@ def config(init: Path, chats: Path, run_dir: Path, /, **changes: Any) -> SftConf
     found = load_run_config("cpu-sft", overrides(init, chats, run_dir, **changes), model_of)
     assert isinstance(found, SftConfig)
     return found
+
+
+def newest(run_dir: Path, tuned: Tuned) -> tuple[int, TrainState, dict[str, Any]]:
+    """The newest checkpoint of a run: its step, `kept` of the state, and the data's place."""
+    saved = kept(tuned.abstract)
+    with closing(CheckpointStore(run_dir / "checkpoints", None)) as store:
+        restored = store.restore(abstract_on(saved, tree_shardings(saved, tuned.layout)))
+    assert restored is not None
+    return restored

@@ -6,7 +6,6 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,16 @@ from rich.console import Console
 
 import dsjax
 from dsjax.checkpoint.source import model_of
-from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import load_run_config
 from dsjax.config_sft import SftConfig
 from dsjax.data.language import read_language
 from dsjax.errors import UserError
-from dsjax.model.layers import tree_shardings
 from dsjax.posttraining.sft import sft
 from dsjax.posttraining.tuned import Tuned
 from dsjax.training.metrics import Record, read_metrics
 from dsjax.training.run import make_layout
 from tests.forked import Forks, forks
-from tests.posttraining.chats import chat, overrides, write_base, write_chats
+from tests.posttraining.chats import chat, newest, overrides, write_base, write_chats
 from tests.training.runs import ENVIRONMENT
 
 KILLS = 8
@@ -67,12 +64,8 @@ def newest_state(run_dir: Path) -> tuple[int, list[bytes], dict[str, Any]]:
     """The newest checkpoint: its step, every array's bytes, and the place in the data."""
     config = load_run_config(run_dir / "config.yaml")
     assert isinstance(config, SftConfig)
-    layout = make_layout(config, jax.devices()[:1])
-    saved = Tuned(config, layout).abstract
-    with closing(CheckpointStore(run_dir / "checkpoints", None)) as store:
-        restored = store.restore(abstract_on(saved, tree_shardings(saved, layout)))
-    assert restored is not None
-    step, arrays, extra = restored
+    tuned = Tuned(config, make_layout(config, jax.devices()[:1]))
+    step, arrays, extra = newest(run_dir, tuned)
     return step, [np.asarray(one).tobytes() for one in jax.tree.leaves(arrays)], extra
 
 
@@ -140,14 +133,16 @@ def test_a_run_that_is_killed_again_and_again_ends_bitwise_as_the_unbroken_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}], ids=["all weights", "adapters"])
 def test_a_run_over_four_devices_is_that_of_one(
-    base: Path, chats: Path, finished: tuple[Path, str], tmp_path: Path
+    lora: Any, base: Path, chats: Path, processes: Forks, tmp_path: Path
 ) -> None:
+    tune(processes, *overrides(base, chats, tmp_path / "one", lora=lora))
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    mesh = {"mesh__fsdp": 2, "mesh__context": 2}
-    with forks(tmp_path / "output.txt", ENVIRONMENT | {"XLA_FLAGS": flags}) as processes:
-        tune(processes, *overrides(base, chats, tmp_path / "run", **mesh))
-    one, four = records(finished[0]), records(tmp_path / "run")
+    mesh = {"mesh__fsdp": 2, "mesh__tensor": 2}
+    with forks(tmp_path / "output.txt", ENVIRONMENT | {"XLA_FLAGS": flags}) as others:
+        tune(others, *overrides(base, chats, tmp_path / "four", lora=lora, **mesh))
+    one, four = records(tmp_path / "one"), records(tmp_path / "four")
     for name in ("loss", "mtp_loss", "grad_norm", "held_out_loss"):
         pairs = [(r[name], f[name]) for r, f in zip(one, four, strict=True) if name in r]
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-3)
