@@ -14,6 +14,7 @@ examples:
   python train.py training.tokens=1M run_dir=runs/short
   python train.py cpu-tiny training.tokens=20K     a name under configs/, one setting changed
   python train.py my-run.yaml mesh.expert=4
+  python train.py cpu-sft data.paths.0=chats.jsonl learn from conversations
   python train.py r1/cpu-last-digit                learn from rewards
 
 Exit codes: 0 done, 2 your input is wrong (one line says what), 143 stopped by SIGTERM after
@@ -37,16 +38,22 @@ def main() -> None:
     # Imported late: `--help` and a wrong configuration need no jax.
     from rich.console import Console
 
+    from dsjax.checkpoint.source import model_of
     from dsjax.config import PretrainConfig
     from dsjax.config_files import load_run_config
     from dsjax.config_grpo import GrpoRunConfig
+    from dsjax.config_sft import SftConfig
 
-    config = read_together(lambda: load_run_config(name, overrides))
+    config = read_together(lambda: load_run_config(name, overrides, model_of))
     console = Console()
     if isinstance(config, GrpoRunConfig):
         from dsjax.posttraining.grpo import grpo
 
         grpo(config, console)
+    elif isinstance(config, SftConfig):
+        from dsjax.posttraining.sft import sft
+
+        sft(config, console)
     elif isinstance(config, PretrainConfig):
         from dsjax.inference.samples import show_sample
         from dsjax.training.pretrain import pretrain

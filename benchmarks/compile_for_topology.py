@@ -49,7 +49,7 @@ def compile_step(config: Any, topology: str) -> dict[str, Any]:
 
     from dsjax.checkpoint.store import abstract_on
     from dsjax.model.layers import tree_shardings
-    from dsjax.training.pretrain import make_layout
+    from dsjax.training.run import make_layout
     from dsjax.training.step import Batch, Knobs, init_state, make_train_step
     from sharding.rules import use_layout
 

@@ -183,6 +183,7 @@ examples:
   dsjax convert DeepSeek-R1 r1-bf16 --to hf --dtype bfloat16
                                                     a Hugging Face folder in bfloat16
   dsjax convert runs/demo demo-hf                   a run, for other libraries
+  dsjax convert base merged --to hf --adapter runs/me/adapter
   dsjax convert model.gguf folder                   to a Hugging Face folder, in float32
   dsjax convert old folder --to hf --allow-pickle   pytorch_model.bin to safetensors
   dsjax convert gs://bucket/DeepSeek-R1 gs://bucket/r1
@@ -215,6 +216,12 @@ def _add_convert(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="float32|bfloat16|fp8",
         help="what numbers become (router biases: float32; fp8: what DeepSeek quantizes, the rest "
         "in bfloat16); left out: as they are stored",
+    )
+    verb.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        type=_path,
+        help="merge the low-rank adapters that a tuning run or PEFT wrote there into the weights",
     )
     verb.add_argument(
         "--verify", action="store_true", help="at the end read DST again, and compare it with SRC"

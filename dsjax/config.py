@@ -141,7 +141,15 @@ class SourceConfig(Section):
     text_key: str = "text"
 
 
-class DataConfig(Section):
+class RowsConfig(Section):
+    """Rows of tokens, whatever they are made of."""
+
+    sequence_length: int = Field(gt=1)
+    held_out_fraction: float = Field(0.0, ge=0, lt=1)
+    deduplicate: bool = True
+
+
+class DataConfig(RowsConfig):
     """Where documents come from and how they become rows of tokens."""
 
     sources: list[SourceConfig] = Field(min_length=1)
@@ -149,15 +157,12 @@ class DataConfig(Section):
     """A tokenizer.json, Kimi's tiktoken.model or a folder that holds one; None trains a byte-level
     BPE on the sources."""
     tokenizer_train_bytes: Count = 20_000_000
-    sequence_length: int = Field(gt=1)
     shuffle_window: int = Field(1024, gt=0)
     """Rows of a source that are shuffled together, and read anew when a run is resumed."""
     streams: int = Field(1, gt=0)
     """Streams of documents that the rows of a batch are dealt from: a process tokenizes only those
     of its rows. It stays the same for the life of a run."""
     fim_rate: float = Field(0.1, ge=0, le=1)
-    held_out_fraction: float = Field(0.0, ge=0, lt=1)
-    deduplicate: bool = True
 
 
 class OptimizerConfig(Section):
@@ -187,10 +192,9 @@ class StepConfig(Section):
     max_bad_steps: int = Field(5, gt=0)
 
 
-class TrainingConfig(StepConfig):
-    """The training loop: how long, how much at once, and which losses."""
+class LoopConfig(StepConfig):
+    """The training loop: how much at once, and which losses."""
 
-    tokens: Count = Field(gt=0)
     max_steps: int | None = Field(None, gt=0)
     batch_size: Schedule
     mtp_weight: Schedule = Field([Stage(value=0.3)])
@@ -207,6 +211,12 @@ class TrainingConfig(StepConfig):
         return self
 
 
+class TrainingConfig(LoopConfig):
+    """The training loop, and how long it goes on."""
+
+    tokens: Count = Field(gt=0)
+
+
 class CheckpointConfig(Section):
     """How often the whole state is saved, and how many saves are kept."""
 
@@ -214,11 +224,16 @@ class CheckpointConfig(Section):
     keep: int = Field(3, gt=0)
 
 
-class EvaluationConfig(Section):
-    """Held-out evaluation while training, and what a finished run writes."""
+class HeldOutConfig(Section):
+    """Held-out evaluation while training."""
 
     every_steps: int = Field(gt=0)
     batches: int = Field(8, gt=0)
+
+
+class EvaluationConfig(HeldOutConfig):
+    """Held-out evaluation while training, and what a finished run writes."""
+
     sample_tokens: int = Field(0, ge=0)
 
 
@@ -245,16 +260,15 @@ class RunConfig(Section):
     profile: ProfileConfig | None = None
 
 
-class PretrainConfig(RunConfig):
-    """A run that trains on documents."""
+class TrainRunConfig(RunConfig):
+    """A run of the training loop, whatever its rows are made of."""
 
-    task: Literal["pretrain"] = "pretrain"
-    data: DataConfig
-    training: TrainingConfig
-    evaluation: EvaluationConfig
+    data: RowsConfig
+    training: LoopConfig
+    evaluation: HeldOutConfig
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_rows(self) -> Self:
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} is beyond "
@@ -265,6 +279,19 @@ class PretrainConfig(RunConfig):
                 f"data.sequence_length={self.data.sequence_length} leaves no target for "
                 f"{self.model.num_nextn_predict_layers} MTP layers; choose a longer one"
             )
+        return self
+
+
+class PretrainConfig(TrainRunConfig):
+    """A run that trains on documents."""
+
+    task: Literal["pretrain"] = "pretrain"
+    data: DataConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> Self:
         if self.training.microbatch_size % self.data.streams:
             raise ValueError(
                 f"training.microbatch_size={self.training.microbatch_size} rows cannot be dealt "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,6 +14,7 @@ from dsjax.architecture import FAMILIES, ModelConfig
 from dsjax.config import PretrainConfig, RunConfig
 from dsjax.config_grpo import GrpoRunConfig
 from dsjax.config_sample import SampleConfig
+from dsjax.config_sft import SftConfig
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
 from dsjax.small_files import read_small, write_whole
@@ -22,7 +23,11 @@ T = TypeVar("T", bound=BaseModel)
 
 MAX_YAML_BYTES = 1_000_000
 
-TASKS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "grpo": GrpoRunConfig}
+TASKS: dict[str, type[RunConfig]] = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "grpo": GrpoRunConfig,
+}
 """The configuration of each task of train.py."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -43,10 +48,15 @@ def load_model_config(name: str | Path) -> ModelConfig:
     return parse_model(read_yaml(path), source=str(path))
 
 
-def load_run_config(name: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_run_config(
+    name: str | Path,
+    overrides: list[str] | None = None,
+    model_of: Callable[[str], ModelConfig] | None = None,
+) -> RunConfig:
     """Read a run configuration and apply `section.key=value` overrides.
 
-    `model` may be a name under `configs/model/`, a path, or the mapping itself.
+    `model` may be a name under `configs/model/`, a path, or the mapping itself. Where a run begins
+    at a checkpoint, `init`, and says no `model`, `model_of` reads the checkpoint's.
     Raises `UserError` naming the file and the key.
     """
     path = find_config(name, CONFIGS)
@@ -64,6 +74,8 @@ def load_run_config(name: str | Path, overrides: list[str] | None = None) -> Run
     task = tree.get("task", "pretrain")
     if not isinstance(task, str) or task not in TASKS:
         raise UserError(f"{path}: task={task!r}: expected one of {', '.join(TASKS)}")
+    if model_of and "model" not in tree and isinstance(init := tree.get("init"), str):
+        tree["model"] = model_of(init)
     return parse(TASKS[task], tree, source=str(path))
 
 

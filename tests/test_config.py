@@ -62,13 +62,12 @@ def test_every_shipped_configuration_is_valid() -> None:
     assert {"v3-671b", "r1", "v2-236b", "v2-lite-16b", "moonlight-16b", "kimi-k2"} <= set(models)
     for name in models:
         assert load_model_config(name).vocab_size > 0
-    for path in CONFIGS.glob("*.yaml"):
-        assert load_pretrain_config(path.stem).training.tokens > 0
-    for path in (CONFIGS / "r1").glob("*.yaml"):
+    tiny = load_model_config("cpu-tiny")
+    for path in [*CONFIGS.glob("*.yaml"), *(CONFIGS / "r1").glob("*.yaml")]:
         if path.stem.endswith("-sample"):
-            assert load_sample_config(f"r1/{path.stem}").sampling.k > 1
+            assert load_sample_config(path).sampling.k > 1
         else:
-            assert load_run_config(f"r1/{path.stem}").task == "grpo"
+            assert load_run_config(path, model_of=lambda _: tiny).training.microbatch_size > 0
 
 
 def test_a_configuration_is_found_by_name_or_path(tmp_path: Path) -> None:

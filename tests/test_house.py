@@ -45,6 +45,7 @@ ROOM_OF = dict.fromkeys(
         "dsjax.config_rewards",
         "dsjax.config_sample",
         "dsjax.journal",
+        "dsjax.config_sft",
         "dsjax.places",
         "dsjax.small_files",
     ),

@@ -34,6 +34,7 @@ from rich.progress import (
 
 from dsjax.checkpoint.conversion import DSJAX, DTYPE_NAMES, FORMATS, HF, Job, Plan, make_plan
 from dsjax.checkpoint.journal import Journal
+from dsjax.checkpoint.peft import with_adapter
 from dsjax.checkpoint.source import HUGGING_FACE, Source, open_source
 from dsjax.checkpoint.streams import same_numbers
 from dsjax.checkpoint.tables import human, table
@@ -65,6 +66,7 @@ def convert(
     verify: bool = False,
     dry_run: bool = False,
     allow_pickle: bool = False,
+    adapter: Path | None = None,
 ) -> None:
     """Convert the model in `source`, and say at the end what was written.
 
@@ -76,6 +78,7 @@ def convert(
         verify: read everything again at the end, and compare it with the source.
         dry_run: only say what would be done, from headers.
         allow_pickle: read weights that PyTorch pickled, by its weights-only loader.
+        adapter: a folder in PEFT's layout, whose low-rank adapters are merged into the weights.
 
     Raises:
         UserError: the source cannot be converted, or the destination not be written.
@@ -87,6 +90,8 @@ def convert(
     source, destination = as_path(source), as_path(destination)
     _check_place(source, destination)
     opened = open_source(source, allow_pickle=allow_pickle)
+    if adapter is not None:
+        opened = with_adapter(opened, as_path(adapter), dtype)
     to = to or (DSJAX if opened.kind == HUGGING_FACE else HF)
     plan = make_plan(opened, to, dtype)
     if dry_run:
@@ -154,7 +159,12 @@ def _check_place(source: Path, destination: Path) -> None:
 def _identity(source: Source, plan: Plan, to: str, dtype: str | None) -> dict[str, Any]:
     """What must be the same for a conversion to go on: the options, the source, the layout."""
     files = {entry.file for entry in source.stored.values()} | set(source.carried.values())
-    stats = [(str(file.relative_to(source.folder)), file.stat()) for file in sorted(files)]
+    files |= set(source.adapters)
+    home = source.folder
+    stats = [
+        (str(file.relative_to(home) if file.is_relative_to(home) else file), file.stat())
+        for file in sorted(files)
+    ]
     described = {
         "source": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         "config": source.config.model_dump(),

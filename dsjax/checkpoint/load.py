@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsjax.checkpoint.from_files import load_files
-from dsjax.checkpoint.source import RUN, kind_of
+from dsjax.checkpoint.source import RUN, kind_of, run_with_adapters
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import load_run_config
 from dsjax.errors import UserError
@@ -27,8 +27,8 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
 
     Args:
         path: a Hugging Face folder of a family in `checkpoint/families.py`, weights that `dsjax
-            convert` wrote, the directory of a run, or a GGUF file; the first two also in a bucket,
-            gs://BUCKET/PATH.
+            convert` wrote, the directory of a run, whose adapters are merged, or a GGUF file; the
+            first two also in a bucket, gs://BUCKET/PATH.
         dtype: float32 or bfloat16, to hold and compute in; None keeps what is stored, FP8 too, and
             computes as the embedding is stored, in float32 where that is float16. Router biases are
             always float32.
@@ -37,9 +37,13 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
     Raises:
         UserError: nothing there can be loaded; the message says what was found.
     """
+    return load_on(path, dtype, None if mesh is None else Layout(mesh, DECODE_RULES))
+
+
+def load_on(path: str | Path, dtype: Any, layout: Layout | None) -> Transformer:
+    """The same, placed by any layout: a run begins where another one, or a release, ended."""
     folder = as_path(path)
-    layout = None if mesh is None else Layout(mesh, DECODE_RULES)
-    if kind_of(folder) == RUN:
+    if kind_of(folder) == RUN and run_with_adapters(folder) is None:
         return _load_run(folder, dtype, layout)
     return load_files(folder, dtype, layout)
 

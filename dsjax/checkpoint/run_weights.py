@@ -100,7 +100,7 @@ def _verify(path: Path, step: int) -> dict[str, dict[str, Any]]:
 def read_run(folder: Path, config: ModelConfig, *, check: bool) -> dict[str, RunTensor]:
     """Every tensor of the newest sound checkpoint under its released name, repeats included."""
     step, leaves = newest_step(folder, check=check)
-    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+    context = _context()
     opened: dict[str, Any] = {}
     stored: dict[str, RunTensor] = {}
     for tensor in tensors(config):
@@ -124,6 +124,23 @@ def read_run(folder: Path, config: ModelConfig, *, check: bool) -> dict[str, Run
             array,
         )
     return stored
+
+
+def read_adapters(folder: Path, *, check: bool) -> dict[str, np.ndarray]:
+    """Both factors of every adapter of the newest sound checkpoint, layers stacked, by its path."""
+    step, leaves = newest_step(folder, check=check)
+    context = _context()
+    names = [name for name in leaves if name.startswith(_PREFIX) and ".adapter." in name]
+    return {
+        name.removeprefix(_PREFIX).removesuffix(_SUFFIX): np.asarray(
+            _open(step, name, leaves[name], context).read().result()
+        )
+        for name in names
+    }
+
+
+def _context() -> Any:
+    return ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
 def _open(step: Path, leaf: str, described: dict[str, Any], context: Any) -> Any:

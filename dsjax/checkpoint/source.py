@@ -12,12 +12,14 @@ import numpy as np
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import Tensor, match, without_absent_mtp
 from dsjax.checkpoint.hf_config import read_config
+from dsjax.checkpoint.manifest import MANIFEST
 from dsjax.checkpoint.pickled import PICKLE_INDEX, find_pickles, read_pickles, refuse_pickles
 from dsjax.checkpoint.safetensors import INDEX, read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
+from dsjax.config_sft import SftConfig
 from dsjax.errors import UserError
-from dsjax.places import local_path
+from dsjax.places import as_path, local_path
 
 RUN = "a run"
 DSJAX = "dsjax weights"
@@ -74,6 +76,8 @@ class Source:
     """Files that are no weights, by the names they have in a released folder."""
     made: dict[str, bytes] = field(default_factory=dict)
     """The same of what the source has in another form."""
+    adapters: tuple[Path, ...] = ()
+    """Where adapters came from that are merged into the weights."""
 
 
 def kind_of(folder: Path) -> str:
@@ -116,6 +120,15 @@ def read_folder_config(folder: Path) -> ModelConfig:
     return load_model_config(folder / CONFIG) if kind == DSJAX else read_config(folder)
 
 
+def model_of(path: str | Path) -> ModelConfig:
+    """The configuration of what `dsjax.load` would make of a checkpoint: of the layers it has.
+
+    Raises:
+        UserError: as `open_source` does.
+    """
+    return open_source(as_path(path), check=False).config
+
+
 def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False) -> Source:
     """Read the headers of a model's files, and account for every tensor.
 
@@ -128,6 +141,8 @@ def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False)
     kind = kind_of(folder)
     if kind == GGUF:
         return _open_gguf(folder)
+    if kind == RUN and (run := run_with_adapters(folder)) is not None:
+        return _open_adapted(folder, run, check=check)
     promised = read_folder_config(folder)
     stored: Mapping[str, Stored]
     if kind == RUN:
@@ -150,6 +165,40 @@ def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False)
     homes = [folder] if kind == HUGGING_FACE else [folder / TOKENIZER, folder / RELEASED]
     carried = {name: file for home in homes for name, file in carried_files(home).items()}
     return Source(folder, kind, promised, config, stored, parts, carried)
+
+
+def run_with_adapters(folder: Path) -> SftConfig | None:
+    """The configuration of a run that trained adapters; None of any other."""
+    config = load_run_config(folder / CONFIG)
+    return config if isinstance(config, SftConfig) and config.lora is not None else None
+
+
+def _open_adapted(folder: Path, run: SftConfig, *, check: bool) -> Source:
+    """The weights that a run began with, its adapters added."""
+    from dsjax.checkpoint.adapters import cut_adapters, merge
+    from dsjax.checkpoint.run_weights import newest_step, read_adapters, read_run
+
+    assert run.lora is not None
+    local_path(folder, "a run with adapters")
+    init = as_path(run.init)
+    if not init.exists():
+        raise UserError(
+            f"{folder}: adapters of {init}, which is not there; bring it back, or write its new "
+            f"place as `init` into {folder / CONFIG}"
+        )
+    local_path(init, "what a run with adapters began with")
+    base = open_source(init, check=False)
+    if base.config != run.model:
+        raise UserError(f"{init}: is no longer the model that {folder} has adapters of")
+    lows = cut_adapters(base.config, run.lora, read_adapters(folder, check=check))
+    stored = merge(base.stored, base.parts, lows)
+    stored |= read_run(folder, base.config, check=False)  # router biases
+    parts = match(base.config, stored, folder)
+    carried = carried_files(folder / TOKENIZER)
+    step, _ = newest_step(folder, check=False)
+    return Source(
+        folder, RUN, base.config, base.config, stored, parts, carried, adapters=(step / MANIFEST,)
+    )
 
 
 def _open_gguf(file: Path) -> Source:

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -103,17 +104,52 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses the messages, fails on them or does too much.
         """
-        begins = {spelling[0] for spelling in self._tokenizer.added_tokens if spelling}
-        stand_ins = _stand_ins(begins, messages)
+        stand_ins = _stand_ins(self._begins, messages)
         rendered = self.render([_disguise(message, stand_ins) for message in messages])
         back = {ord(stand_in): character for character, stand_in in stand_ins.items()}
         literal = {place for place, character in enumerate(rendered) if ord(character) in back}
         return encode_with_added_tokens(self._tokenizer, rendered.translate(back), literal)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The template's text for `messages`; see `encode` for why this is not yet a prompt."""
+    def encode_answer(self, parts: Sequence[str]) -> list[int]:
+        """The tokens of what an assistant writes: text, a tag, text, a tag, and so on.
+
+        A tag is an added token; in the texts their spelling means its characters, as in `encode`.
+        """
+        ids: list[int] = []
+        for place, part in enumerate(parts):
+            begins = self._begins if place % 2 == 0 else set()
+            literal = {i for i, character in enumerate(part) if character in begins}
+            ids += encode_with_added_tokens(self._tokenizer, part, literal)
+        return ids
+
+    @cached_property
+    def end_of_answer(self) -> list[int]:
+        """The tokens with which the template ends a message of the assistant, found by rendering.
+
+        Raises:
+            TemplateError: it does not write what it is given, or takes no such message.
+        """
+        mark = chr(0xF0000)  # a character of private use, which no template writes by itself
+        question = {"role": "user", "content": "Hello"}
+        answer = {"role": "assistant", "content": mark}
+        rendered = self.render([question, answer], prompting=False)
+        _, found, after = rendered.partition(mark)
+        if not found or mark in after:
+            raise TemplateError("the chat template does not write an assistant's message as it is")
+        return encode_with_added_tokens(self._tokenizer, after)
+
+    @cached_property
+    def _begins(self) -> set[str]:
+        """Characters with which an added token could begin."""
+        return {spelling[0] for spelling in self._tokenizer.added_tokens if spelling}
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, prompting: bool = True) -> str:
+        """The template's text for `messages`; see `encode` for why this is not yet a prompt.
+
+        Without `prompting` the beginning of an answer is left out.
+        """
         parts = self._template.generate(
-            **self._names, messages=messages, add_generation_prompt=True
+            **self._names, messages=messages, add_generation_prompt=prompting
         )
         try:
             return _run(parts)
@@ -257,13 +293,23 @@ def read_chat_template(home: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise UserError(f"{home}: chat_template is no text")
+    return make_chat_template(source, tokenizer, home)
+
+
+def read_template_file(file: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template in a file of its own; raises as `read_chat_template` does."""
+    return make_chat_template(_read_text(file), tokenizer, file)
+
+
+def make_chat_template(source: str, tokenizer: Tokenizer, where: Path) -> ChatTemplate:
+    """A template that calls special tokens as released ones do; an error names `where`."""
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     names = {key: "" if i is None else tokenizer.decode([i]) for key, i in ids.items()}
     try:
         template = ChatTemplate(source, tokenizer, names)
         template.check()
     except UserError as error:
-        raise UserError(f"{home}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     return template
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import lzma
 import math
 import zlib
-from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from dsjax.data.packing import best_fit
 from dsjax.data.sources import Corpus
 from dsjax.data.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def held_out_rows(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) ->
     for text in corpus.held_out_texts():
         num_bytes += len(text.encode())
         windows += _windows(tokenizer.document(tokenizer.encode(text)), sequence_length)
-    rows = _place([len(window.ids) for window in windows], sequence_length)
+    rows = best_fit([len(window.ids) for window in windows], sequence_length)
     np.random.default_rng(0).shuffle(rows)
     shape = (len(rows), sequence_length)
     tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -80,24 +80,6 @@ def _windows(ids: Int32[np.ndarray, " N"], length: int) -> Iterator[_Window]:
         window = ids[begin : begin + length]
         yield _Window(window, first_scored=done - begin)
         done = begin + len(window) - 1
-
-
-def _place(lengths: list[int], row_length: int) -> list[list[int]]:
-    """Best fit, longest first: the members of each row."""
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # what is left of a row, and its number; ascending
-    for member in np.argsort(lengths, kind="stable")[::-1].tolist():
-        length = lengths[member]
-        at = bisect_left(open_rows, (length, 0))
-        if at < len(open_rows):
-            left, row = open_rows.pop(at)
-        else:
-            left, row = row_length, len(rows)
-            rows.append([])
-        rows[row].append(member)
-        if left > length:
-            insort(open_rows, (left - length, row))
-    return rows
 
 
 def compression_baselines(corpus: Corpus) -> dict[str, float]:

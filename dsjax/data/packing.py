@@ -1,7 +1,9 @@
-"""Rows of one length out of documents of any length, without padding and without loss."""
+"""Rows of one length out of documents of any length: cut without padding, or whole with some."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import grain
@@ -68,3 +70,24 @@ class _PackedRowsIterator(grain.DatasetIterator[Row]):
         self._used = state["used"]
         self._documents.set_state(self._before_document)
         self._document = next(self._documents) if self._used else np.empty(0, np.int32)
+
+
+def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Best fit, longest first: the members of each row, each whole; none may be longer than a row.
+
+    How many rows that takes depends on the lengths alone, not on their order.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # what is left of a row, and its number; ascending
+    for member in np.argsort(lengths, kind="stable")[::-1].tolist():
+        length = lengths[member]
+        at = bisect_left(open_rows, (length, 0))
+        if at < len(open_rows):
+            left, row = open_rows.pop(at)
+        else:
+            left, row = row_length, len(rows)
+            rows.append([])
+        rows[row].append(member)
+        if left > length:
+            insort(open_rows, (left - length, row))
+    return rows

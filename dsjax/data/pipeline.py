@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from dsjax.config import DataConfig
+from dsjax.data.batches import Batches
 from dsjax.data.fim import fill_in_the_middle, fim_ids
 from dsjax.data.packing import PackedRows, Row
 from dsjax.data.shuffle import ShuffledDocuments
 from dsjax.data.sources import Corpus, Selection
 from dsjax.data.tokenizer import Tokenizer
-from dsjax.errors import UserError
 from dsjax.places import ahead
 
 _AHEAD = 64
@@ -76,12 +76,8 @@ def training_iterator(
     return TrainingIterator(streams, [divmod(row, each) for row in rows], identity)
 
 
-class TrainingIterator(Iterator[Batch]):
-    """Batches whose position can be saved as JSON, and is only taken back for the same data.
-
-    grain accepts any iterator's position for any other; here the position carries what it is a
-    position in.
-    """
+class TrainingIterator(Batches):
+    """Microbatches out of streams, each of which is read ahead by a thread."""
 
     def __init__(
         self,
@@ -90,50 +86,30 @@ class TrainingIterator(Iterator[Batch]):
         identity: dict[str, Any],
     ):
         """Every batch is made of `rows`: of which stream, and which of the rows that it gives."""
+        super().__init__(identity, {"tokens": np.int32, "segment_ids": np.int32})
         self._streams = streams
         self._rows = rows
-        self._identity = identity
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> dict[str, np.ndarray]:
         batches = {stream: next(batches) for stream, batches in self._streams.items()}
-        tokens, segment_ids = (
-            np.stack([batches[stream][key][row] for stream, row in self._rows])
-            for key in ("tokens", "segment_ids")
-        )
-        return Batch(tokens=tokens, segment_ids=segment_ids)
+        return {
+            name: np.stack([batches[stream][name][row] for stream, row in self._rows])
+            for name in self.fields
+        }
+
+    def position(self) -> dict[str, Any]:
+        """Of each stream that is read here."""
+        return {str(stream): batches.get_state() for stream, batches in self._streams.items()}
+
+    def move_to(self, position: dict[str, Any]) -> None:
+        """Go on with every stream."""
+        for stream, batches in self._streams.items():
+            batches.set_state(position[str(stream)])
 
     def close(self) -> None:
         """Stop reading ahead."""
         for batches in self._streams.values():
             batches.close()
-
-    def get_state(self) -> dict[str, Any]:
-        """The position before the next batch, and the identity of the data; fit for JSON.
-
-        It is of the streams that are read here; `joined_state` makes one of several processes'.
-        """
-        position = {str(stream): batches.get_state() for stream, batches in self._streams.items()}
-        return {"data": dict(self._identity), "position": position}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where `get_state` was taken; `UserError` when that was in other data."""
-        for key, mine in self._identity.items():
-            saved = state["data"].get(key)
-            if saved != mine:
-                raise UserError(
-                    f"cannot resume from a position in other data: {key} was {saved}, is {mine}; "
-                    "restore the data and settings of the saved run, or start another run"
-                )
-        for stream, batches in self._streams.items():
-            batches.set_state(state["position"][str(stream)])
-
-
-def joined_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state of the states of iterators that together read all rows."""
-    position: dict[str, Any] = {}
-    for state in states:
-        position |= state["position"]
-    return {"data": states[0]["data"], "position": position}
 
 
 def sample_texts(corpus: Corpus, max_bytes: int) -> Iterator[str]:

@@ -18,6 +18,8 @@ MAX_BYTES = 2**31
 """Of one file, unpacked. LiveCodeBench's largest has 1.3 GB."""
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz")
+_TITLES = ("question", "problem", "prompt")
+"""One of which a CSV file has, if it has titles at all."""
 
 Row = dict[str, Any]
 
@@ -127,7 +129,9 @@ def _csv(file: Path) -> Iterator[tuple[str, Row]]:
             first = next(lines, None)
             if first is None:
                 return
-            titled = any(title.strip().lower() in ("question", "problem") for title in first)
+            titled = any(
+                title.strip().lower() in ("question", "problem", "prompt") for title in first
+            )
             titles = first if titled else [str(n) for n in range(len(first))]
             rows: Iterable[list[str]] = lines if titled else (first, *lines)
             for number, line in enumerate(rows, 1):

@@ -29,6 +29,10 @@ class RouterBias(nnx.Variable[Array]):
     """State that steers the choice of experts: no gradient, no weight decay, always float32."""
 
 
+class Frozen(nnx.Variable[Array]):
+    """A weight under an adapter: no gradient, no moments, and no place in a run's checkpoints."""
+
+
 class BlockScale(nnx.Variable[Array]):
     """float32 scales of a weight in FP8, one for each 128 x 128 of the released matrix.
 
@@ -169,16 +173,66 @@ class Linear(nnx.Module):
         first = 0 if self.inputs_first else weight.ndim - n
         y = jax.lax.dot_general(x, weight, ((mine, tuple(range(first, first + n))), ((), ())))
         y = summed(y, *self.into)
+        if (adapter := adapter_of(self)) is not None:
+            y += adapter(x)
         if not self.has_bias:
             return y
         bias = use(self.bias, x.dtype)
         return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def matrix(self, dtype: DTypeLike) -> Array:
+        """The weight [*out, *into] as a product needs it, an adapter multiplied out."""
+        weight = use(self.weight, dtype, scale_of(self, "weight"))
+        adapter = adapter_of(self)
+        return weight if adapter is None else weight + adapter.product(dtype)
 
     def put_inputs_first(self) -> None:
         """Turn the weight to [*into, *out], which few rows at a time are multiplied faster by."""
         outputs = len(self.weight.shape) - len(self.into)
         put_columns_first(self, "weight", (outputs, len(self.into)))
         self.inputs_first = True
+
+
+class Adapter(nnx.Module):
+    """What is added to a linear layer (LoRA, arXiv:2106.09685, section 4.1):
+
+        (x A^T) B^T * alpha / r,    A [r, *into] small and random, B [*out, r] zero at first
+
+    Differs from the paper: A is drawn as in PEFT, uniformly within +-1/sqrt(inputs). No dropout.
+    """
+
+    def __init__(self, key: Array, linear: Linear, rank: int, alpha: float):
+        weight, axes = linear.weight, linear.weight.get_metadata("axes")
+        stack, inputs = len(weight.shape) - len(axes), len(linear.into)
+        out, into = axes[:-inputs], axes[-inputs:]
+        layers, shape = weight.shape[:stack], weight.shape[stack:]
+        bound = math.prod(shape[-inputs:]) ** -0.5
+        drawn = (*layers, rank, *shape[-inputs:])
+        a = jax.random.uniform(key, drawn, jnp.float32, -bound, bound)
+        self.a = nnx.Param(a, axes=("latent", *into))
+        zeros = jnp.zeros((*layers, *shape[:-inputs], rank), jnp.float32)
+        self.b = nnx.Param(zeros, axes=(*out, "latent"))
+        self.into = into
+        self.scale = alpha / rank
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Of what the layer is given."""
+        n = len(self.into)
+        mine, theirs = tuple(range(x.ndim - n, x.ndim)), tuple(range(1, n + 1))
+        a, b = use(self.a, x.dtype), use(self.b, x.dtype)
+        low = jax.lax.dot_general(x, a, ((mine, theirs), ((), ())))
+        low = summed(low, *self.into) * self.scale
+        return jax.lax.dot_general(low, b, (((low.ndim - 1,), (b.ndim - 1,)), ((), ())))
+
+    def product(self, dtype: DTypeLike) -> Array:
+        """B A alpha / r, of the weight's shape."""
+        a, b = use(self.a, dtype), use(self.b, dtype) * self.scale
+        return jax.lax.dot_general(b, a, (((b.ndim - 1,), (0,)), ((), ())))
+
+
+def adapter_of(linear: Linear) -> Adapter | None:
+    """What a linear layer was given beside its weight; None where it has none."""
+    return getattr(linear, "adapter", None)
 
 
 class RMSNorm(nnx.Module):

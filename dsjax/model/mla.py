@@ -25,7 +25,7 @@ from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.attention import causal_attention
 from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
 from dsjax.kernels.ring_attention import ring_attention
-from dsjax.model.layers import Linear, RMSNorm, scale_of, use
+from dsjax.model.layers import Linear, RMSNorm, use
 from dsjax.model.rope import RotaryTable, rotate_pairs, softmax_scale
 from sharding.by_hand import travel_axis
 from sharding.rules import constrain
@@ -81,7 +81,7 @@ class MLA(nnx.Module):
         """Causal attention among the tokens of x; where a sequence is split, its latents travel."""
         latent = self._latent(x, table)
         q = jnp.concatenate(self._queries(x, table), axis=-1)
-        weight = use(self.kv_b.weight, x.dtype, scale_of(self.kv_b, "weight"))
+        weight = self.kv_b.matrix(x.dtype)
         expand = partial(_expand, self.config.qk_nope_head_dim)
         scale = softmax_scale(self.config)
         heads: Array
@@ -136,7 +136,7 @@ class MLA(nnx.Module):
         """
         axes = self.kv_b.weight.get_metadata("axes")
         nope = self.config.qk_nope_head_dim
-        both = use(self.kv_b.weight, dtype, scale_of(self.kv_b, "weight"))
+        both = self.kv_b.matrix(dtype)
         self.k_b = nnx.Param(both[:, :nope], axes=axes)
         self.v_b = nnx.Param(both[:, nope:], axes=axes)
         del self.kv_b

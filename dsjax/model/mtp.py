@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dsjax.architecture import DeepSeekConfig, ModelConfig
 from dsjax.kernels.paged_attention import Places
@@ -97,7 +97,7 @@ def make_mtp(config: ModelConfig, key: Array, dtype: jnp.dtype) -> MTPModule | N
     return jax.vmap(one)(jax.random.split(key, config.num_nextn_predict_layers))
 
 
-def shift(x: Int[Array, "B S"], by: int) -> Int[Array, "B S"]:
+def shift(x: Shaped[Array, "B S"], by: int) -> Shaped[Array, "B S"]:
     """Bring x_{i+by} to place i; the last `by` places repeat the last token and mean nothing."""
     return jnp.concatenate([x[:, by:], jnp.repeat(x[:, -1:], by, axis=1)], axis=1)
 

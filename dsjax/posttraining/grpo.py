@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from dsjax.checkpoint.load import load
-from dsjax.checkpoint.source import carried_files, read_folder_config
+from dsjax.checkpoint.source import read_folder_config
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import write_config
 from dsjax.config_grpo import GrpoRunConfig
@@ -36,14 +36,15 @@ from dsjax.model.transformer import Transformer
 from dsjax.places import as_path
 from dsjax.posttraining.grpo_loop import ACTIVITIES, GrpoLoop, Progress
 from dsjax.posttraining.grpo_picture import draw_rewards
+from dsjax.posttraining.language import write_language
 from dsjax.posttraining.policy_step import init_policy
 from dsjax.posttraining.prompts import Questions, open_questions
 from dsjax.rewards.score import Scorer
 from dsjax.small_files import write_whole
 from dsjax.training.bucket_metrics import open_log, read_records
 from dsjax.training.host_memory import keep_freed_memory
-from dsjax.training.pretrain import make_layout, rows_read_here
 from dsjax.training.progress import say
+from dsjax.training.run import make_layout, rows_read_here
 from dsjax.training.signals import catch_termination
 from dsjax.training.step import TrainState
 from sharding.distributed import is_alone, processes
@@ -195,14 +196,7 @@ def _check_same_model(config: GrpoRunConfig, name: str, path: str | None) -> Non
 
 def _write_beginning(config: GrpoRunConfig, folder: Path, language: Language) -> None:
     write_config(config, folder)
-    own = folder / "tokenizer"
-    if language.home is None:
-        language.tokenizer.save(own)
-        return
-    for name, file in carried_files(language.home).items():
-        if name != "config.json":  # the run's own configuration says what the model is
-            (own / name).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(own / name, file.read_bytes())
+    write_language(language, folder / "tokenizer")
 
 
 def _finish(config: GrpoRunConfig, folder: Path, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +16,9 @@ from jax import stages
 from rich.console import Console
 
 from dsjax.checkpoint.store import CheckpointStore
-from dsjax.config import PretrainConfig, schedule_value
+from dsjax.config import TrainRunConfig, schedule_value
+from dsjax.data.batches import Batches, joined_state
 from dsjax.data.held_out import HeldOutRows
-from dsjax.data.pipeline import TrainingIterator, joined_state
 from dsjax.training.bucket_metrics import BucketMetrics
 from dsjax.training.divergence import BadSteps
 from dsjax.training.evaluate import add_scores, batches_of, score_rows, summarize
@@ -26,9 +27,12 @@ from dsjax.training.optimizer import learning_rate_at
 from dsjax.training.profile import StepProfiler
 from dsjax.training.progress import ProgressDisplay
 from dsjax.training.signals import Termination
-from dsjax.training.step import Batch, Knobs, Metrics, TrainState, make_train_step
+from dsjax.training.step import Batch, Knobs, Metrics, TrainState, kept, make_train_step
 from sharding.distributed import WORK_SECONDS, barrier, fetch, gather, place_rows
 from sharding.rules import Layout
+
+StepMaker = Callable[[Any], Callable[..., tuple[TrainState, Metrics]]]
+"""What makes a run's step of its configuration, as `make_train_step` does."""
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Plan:
     bias_update_rate: float
 
 
-def plan_step(config: PretrainConfig, clock: Clock) -> Plan:
+def plan_step(config: TrainRunConfig, clock: Clock) -> Plan:
     """Read every schedule at the tokens seen before the step."""
     training = config.training
     seen = clock.tokens
@@ -69,11 +73,13 @@ def plan_step(config: PretrainConfig, clock: Clock) -> Plan:
 class TrainingLoop:
     """One run while it runs. `exit_code` is set when it ends before its tokens are seen."""
 
-    config: PretrainConfig
+    config: TrainRunConfig
+    tokens: int
+    """How many it sees, padding included."""
     layout: Layout
     state: TrainState
     clock: Clock
-    data: TrainingIterator
+    data: Batches
     rows: np.ndarray
     """Which rows of every microbatch `data` gives."""
     held_out: HeldOutRows | None
@@ -82,17 +88,16 @@ class TrainingLoop:
     profiler: StepProfiler
     console: Console
     termination: Termination
+    make_step: StepMaker = make_train_step
     exit_code: int | None = None
 
     def __post_init__(self) -> None:
-        self._step: Any = jax.jit(make_train_step(self.config), donate_argnums=0)
+        self._step: Any = jax.jit(self.make_step(self.config), donate_argnums=0)
         self._score: Any = jax.jit(partial(score_rows, chunk=self.config.training.loss_chunk))
         most = max(stage.value for stage in self.config.training.batch_size)
         self._slots = int(most) // self.config.training.microbatch_size
         self._saved_at = self.clock.step
-        self._display = ProgressDisplay(
-            self.config.training.tokens, self.clock.tokens, self.console
-        )
+        self._display = ProgressDisplay(self.tokens, self.clock.tokens, self.console)
         self._bad_steps = BadSteps(self.config.training.max_bad_steps, self._display)
 
     def run(self) -> None:
@@ -169,13 +174,13 @@ class TrainingLoop:
             "model": self.config.model.model_dump(),
         }
         self.log.cut()
-        self.store.save(self.clock.step, self.state, extra)
+        self.store.save(self.clock.step, kept(self.state), extra)
         self._saved_at = self.clock.step
 
     def _done(self) -> bool:
         training = self.config.training
         return (
-            self.clock.tokens >= training.tokens
+            self.clock.tokens >= self.tokens
             or (training.max_steps is not None and self.clock.step >= training.max_steps)
             or self.exit_code is not None
             or self.termination.reached(self.clock.step)
@@ -195,19 +200,26 @@ class TrainingLoop:
         """Compile before the clock of throughput starts."""
         begin = time.monotonic()
         plan = Plan(1, 0, 0.0, 0.0, 0.0)
-        empty = np.zeros(self._batch_shape(), np.int32)
-        batch = Batch(*(self._place_batch(empty) for _ in range(2)))
-        self._step = self._step.lower(self.state, batch, *_scalars(plan)).compile()
+        empty = self._placed_batch(self._empty_batch())
+        self._step = self._step.lower(self.state, empty, *_scalars(plan)).compile()
         self._meet()
         self._display.say(f"compiled the step in {time.monotonic() - begin:.1f} s")
 
     def _arguments(self, plan: Plan) -> tuple[Any, ...]:
-        tokens, segment_ids = (np.zeros(self._batch_shape(), np.int32) for _ in range(2))
+        arrays = self._empty_batch()
         for index in range(plan.microbatches):
-            batch = next(self.data)
-            tokens[index], segment_ids[index] = batch["tokens"], batch["segment_ids"]
-        batch = Batch(self._place_batch(tokens), self._place_batch(segment_ids))
-        return self.state, batch, *_scalars(plan)
+            microbatch = next(self.data)
+            for name, array in arrays.items():
+                array[index] = microbatch[name]
+        return self.state, self._placed_batch(arrays), *_scalars(plan)
+
+    def _empty_batch(self) -> dict[str, np.ndarray]:
+        """Of what `Batch` has, as much as the data give."""
+        shape = self._batch_shape()
+        return {name: np.zeros(shape, dtype) for name, dtype in self.data.fields.items()}
+
+    def _placed_batch(self, arrays: dict[str, np.ndarray]) -> Batch:
+        return Batch(**{name: self._place_batch(array) for name, array in arrays.items()})
 
     def _meet(self) -> None:
         """After compiling: processes on CPUs give one another 30 s to join in a collective."""

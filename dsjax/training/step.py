@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dsjax.config import PretrainConfig
-from dsjax.model.layers import RouterBias, sum_of_copies, tree_places
+from dsjax.config import TrainRunConfig
+from dsjax.model.layers import Frozen, RouterBias, sum_of_copies, tree_places, variables
 from dsjax.model.mtp import reaches, shift
 from dsjax.model.transformer import Remat, Transformer
 from dsjax.training.loss import cross_entropy
@@ -34,7 +34,8 @@ from sharding.rules import place
 class TrainState(NamedTuple):
     """Everything a step reads and writes. Tokens seen are counted by the host (past 2^31)."""
 
-    model: Transformer
+    model: Any
+    """A Transformer; in `kept`, the state of what it trains."""
     moments: Any
     step: Int[Array, ""]
     key: Array
@@ -46,6 +47,8 @@ class Batch(NamedTuple):
 
     tokens: Int[Array, "M B S"]
     segment_ids: Int[Array, "M B S"]
+    trained: Bool[Array, "M B S"] | None = None
+    """Which tokens are targets, by their positions and never by what they are; None for all."""
 
 
 class Knobs(NamedTuple):
@@ -94,25 +97,31 @@ def batch_loss(
     counts: Int[Array, "K1"],
     rows: Array,
     mtp_weight: Array,
+    trained: Bool[Array, "B S"] | None = None,
     *,
     balance_weight: float,
     loss_chunk: int,
     remat: Remat,
+    main: Callable[..., Any] = cross_entropy,
 ) -> tuple[Float[Array, ""], Sums]:
     """A microbatch's share of the batch's loss; by hand, this device's share of that.
 
     Args:
         counts: targets in the whole batch: next token, then each MTP depth.
         rows: rows of the whole batch that hold any token.
+        trained: which tokens are targets; None for all.
+        main: the loss of the main model's places, of cross-entropy's arguments.
     """
     out = model(tokens, segment_ids=segment_ids, remat=remat)
     ahead = model.look_ahead(out, remat=remat)
     head = model.head_weight(out.hidden.dtype)
     losses = []
     for by, hidden in enumerate((out.hidden, *ahead.hidden), start=1):
-        weights = sequence_part(reaches(segment_ids, by)) / jnp.maximum(counts[by - 1], 1)
+        counted = sequence_part(has_target(segment_ids, trained, by))
+        weights = counted / jnp.maximum(counts[by - 1], 1)
         targets = sequence_part(shift(tokens, by))
-        losses.append(cross_entropy(hidden, head, targets, weights, loss_chunk))
+        of_places = main if by == 1 else cross_entropy
+        losses.append(of_places(hidden, head, targets, weights, loss_chunk))
     mtp = jnp.stack(losses[1:]) if losses[1:] else jnp.zeros(0)
     balance = (out.balance_loss.sum() + ahead.balance_loss.sum()) / rows
     total = losses[0] + balance_weight * balance
@@ -122,78 +131,108 @@ def batch_loss(
     return total, Sums(losses[0], mtp, balance, load)
 
 
-def target_counts(segment_ids: Int[Array, "M B S"], depths: int) -> Int[Array, "K1"]:
-    """How many positions have a target 1, 2, ... depths + 1 places on, within their document."""
-    rows = segment_ids.reshape(-1, segment_ids.shape[-1])
-    return jnp.stack([reaches(rows, by).sum() for by in range(1, depths + 2)])
+def has_target(
+    segment_ids: Int[Array, "B S"], trained: Bool[Array, "B S"] | None, by: int
+) -> Bool[Array, "B S"]:
+    """Which positions have a target `by` places on: in their document, and one that is trained."""
+    there = reaches(segment_ids, by)
+    return there if trained is None else there & shift(trained, by)
+
+
+def target_counts(
+    segment_ids: Int[Array, "M B S"], depths: int, trained: Bool[Array, "M B S"] | None = None
+) -> Int[Array, "K1"]:
+    """How many positions have a target 1, 2, ... depths + 1 places on."""
+    length = segment_ids.shape[-1]
+    rows = segment_ids.reshape(-1, length)
+    marks = None if trained is None else trained.reshape(-1, length)
+    return jnp.stack([has_target(rows, marks, by).sum() for by in range(1, depths + 2)])
 
 
 def make_gradients(
-    config: PretrainConfig,
-) -> Callable[[Transformer, Batch, Array, Array], tuple[Any, Sums]]:
-    """The gradients of a batch's loss, as `(model, batch, microbatches, mtp_weight)`.
+    config: TrainRunConfig, loss: Callable[..., tuple[Array, Sums]] = batch_loss
+) -> Callable[..., tuple[Any, Sums]]:
+    """The gradients of a batch's loss, as `(model, batch, microbatches, mtp_weight, *beside)`.
 
     Under a layout every device computes its share by hand (`sharding.by_hand`): gradients come out
-    split as the parameters are, and whole in the sense that all tokens are in them.
+    split as the parameters are, and whole in the sense that all tokens are in them. What has no
+    gradient, biases and frozen weights, comes along.
+
+    Args:
+        loss: `batch_loss`, or what takes, after its positional arguments, `beside`: models whose
+            weights are constants.
     """
     training = config.training
-    loss = partial(
-        batch_loss,
+    share = partial(
+        loss,
         balance_weight=training.balance_loss_weight,
         loss_chunk=training.loss_chunk,
         remat=training.remat,
     )
 
     def gradients(
-        model: Transformer, batch: Batch, microbatches: Array, mtp_weight: Array
+        model: Transformer, batch: Batch, microbatches: Array, mtp_weight: Array, *beside: Any
     ) -> tuple[Any, Sums]:
-        graph, params, biases = nnx.split(model, nnx.Param, RouterBias)
-
-        def of_parts(
-            params: Any, biases: Any, batch: Batch, microbatches: Array, mtp_weight: Array
-        ) -> tuple[Any, Sums]:
-            live = jnp.arange(batch.tokens.shape[0])[:, None, None] < microbatches
-            segments = jnp.where(live, batch.segment_ids, 0)
-            counts = summed(target_counts(segments, config.model.num_nextn_predict_layers), "batch")
-            rows = jnp.maximum(summed((segments > 0).any(-1).sum(), "batch"), 1)
-
-            def of_microbatch(index: Array) -> tuple[Any, Sums]:
-                def share(params: Any) -> tuple[Array, Sums]:
-                    model = nnx.merge(graph, params, biases)
-                    tokens, ids = batch.tokens[index], segments[index]
-                    total, sums = loss(model, tokens, ids, counts, rows, mtp_weight)
-                    return total / copies(), sums
-
-                grads, sums = jax.grad(share, has_aux=True)(params)
-                return optax.tree.cast(grads, jnp.float32), sums
-
-            grads, sums = _accumulate(of_microbatch, batch.tokens.shape[0], microbatches)
-            return sum_of_copies(grads), jax.tree.map(summed_over_tokens, sums)
-
+        graph, params, others = nnx.split(model, nnx.Param, ...)
+        depths = config.model.num_nextn_predict_layers
+        of_parts = partial(_gradients_of_parts, graph, share, depths)
         rows = jax.tree.map(lambda x: place(x.shape, None, "batch", None), batch)
         everywhere = PartitionSpec()
-        places = tree_places(params), tree_places(biases), rows, everywhere, everywhere
-        run = by_hand(of_parts, places, (places[0], everywhere))
-        return run(params, biases, batch, microbatches, mtp_weight)
+        own = tree_places(params)
+        places = own, tree_places(others), rows, everywhere, everywhere, *map(tree_places, beside)
+        run = by_hand(of_parts, places, (own, everywhere))
+        return run(params, others, batch, microbatches, mtp_weight, *beside)
 
     return gradients
 
 
+def _gradients_of_parts(
+    graph: Any,
+    loss: Callable[..., tuple[Array, Sums]],
+    depths: int,
+    params: Any,
+    others: Any,
+    batch: Batch,
+    microbatches: Array,
+    mtp_weight: Array,
+    *beside: Any,
+) -> tuple[Any, Sums]:
+    """What one device computes: of its rows and its parts of the weights."""
+    live = jnp.arange(batch.tokens.shape[0])[:, None, None] < microbatches
+    segments = jnp.where(live, batch.segment_ids, 0)
+    counts = summed(target_counts(segments, depths, batch.trained), "batch")
+    rows = jnp.maximum(summed((segments > 0).any(-1).sum(), "batch"), 1)
+
+    def of_microbatch(index: Array) -> tuple[Any, Sums]:
+        def share(params: Any) -> tuple[Array, Sums]:
+            model = nnx.merge(graph, params, others)
+            tokens, ids = batch.tokens[index], segments[index]
+            trained = None if batch.trained is None else batch.trained[index]
+            total, sums = loss(model, tokens, ids, counts, rows, mtp_weight, trained, *beside)
+            return total / copies(), sums
+
+        grads, sums = jax.grad(share, has_aux=True)(params)
+        return optax.tree.cast(grads, jnp.float32), sums
+
+    grads, sums = _accumulate(of_microbatch, batch.tokens.shape[0], microbatches)
+    return sum_of_copies(grads), jax.tree.map(summed_over_tokens, sums)
+
+
 def make_train_step(
-    config: PretrainConfig,
-) -> Callable[[TrainState, Batch, Array, Knobs], tuple[TrainState, Metrics]]:
-    """The step as a pure function `(state, batch, microbatches, knobs)`, ready for `jax.jit`.
+    config: TrainRunConfig, loss: Callable[..., tuple[Array, Sums]] = batch_loss
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step as a pure function `(state, batch, microbatches, knobs, *beside)`, for `jax.jit`.
 
     Only the first `microbatches` of the batch are used: the batch can grow during a run without
-    compiling again.
+    compiling again. `make_gradients` says what `loss` and `beside` may be.
     """
     optimizer = make_optimizer(config.optimizer)
-    gradients = make_gradients(config)
+    gradients = make_gradients(config, loss)
 
     def step(
-        state: TrainState, batch: Batch, microbatches: Array, knobs: Knobs
+        state: TrainState, batch: Batch, microbatches: Array, knobs: Knobs, *beside: Any
     ) -> tuple[TrainState, Metrics]:
-        grads, sums = gradients(state.model, batch, microbatches, knobs.mtp_weight)
+        grads, sums = gradients(state.model, batch, microbatches, knobs.mtp_weight, *beside)
         state, grad_norm, finite = descend(
             optimizer, state, (nnx.Param, RouterBias), grads, sums.loss, sums.load,
             knobs.learning_rate, knobs.bias_update_rate,
@@ -269,7 +308,7 @@ def update_biases(biases: nnx.State, load: Float[Array, "L E"], rate: Array) -> 
     return nnx.from_flat_state(moved)
 
 
-def init_state(config: PretrainConfig) -> TrainState:
+def init_state(config: TrainRunConfig) -> TrainState:
     """Fresh parameters from the run's seed; trace it, or jit it with output shardings."""
     root = jax.random.key(config.seed)
     model = Transformer(
@@ -277,8 +316,19 @@ def init_state(config: PretrainConfig) -> TrainState:
         jax.random.fold_in(root, 0),
         dtype=config.training.compute_dtype,
     )
-    params = nnx.state(model, nnx.Param)
-    moments = make_optimizer(config.optimizer).init(params)
-    return TrainState(
-        model, moments, jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.fold_in(root, 1))
-    )
+    return state_of(model, config)
+
+
+def kept(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: not the frozen weights under adapters."""
+    if not any(isinstance(variable, Frozen) for _, variable in variables(state.model)):
+        return state
+    _, own, _ = nnx.split(state.model, (nnx.Param, RouterBias), Frozen)
+    return state._replace(model=own)
+
+
+def state_of(model: Transformer, config: TrainRunConfig) -> TrainState:
+    """The state before the first step of a run that begins with this model."""
+    moments = make_optimizer(config.optimizer).init(nnx.state(model, nnx.Param))
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return TrainState(model, moments, jnp.zeros((), jnp.int32), jax.random.key_data(key))

@@ -9,16 +9,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dsjax.config import PretrainConfig
-from dsjax.data.held_out import compression_baselines
-from dsjax.data.sources import Corpus
 from dsjax.training.metrics import Record
 
 
-def summary_of(
-    config: PretrainConfig, records: list[Record], corpus: Corpus | None
-) -> dict[str, Any]:
-    """Figures of a finished run; those of held-out text when there is a corpus to take it from."""
+def summary_of(records: list[Record], compressors: dict[str, float] | None) -> dict[str, Any]:
+    """Figures of a finished run; those of held-out text where some was held out.
+
+    Args:
+        compressors: bits per byte that others need for it; None where nothing was held out.
+    """
     steps = [r for r in records if "loss" in r]
     summary: dict[str, Any] = {
         "steps": steps[-1]["step"],
@@ -27,12 +26,11 @@ def summary_of(
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steps),
         "loss": steps[-1]["loss"],
     }
-    if corpus is not None:
+    if compressors is not None:
         final = next(r for r in reversed(records) if r.get("held_out_complete"))
         summary |= {
             "held_out_loss": final["held_out_loss"],
-            "bits_per_byte": {"model": final["held_out_bits_per_byte"]}
-            | compression_baselines(corpus),
+            "bits_per_byte": {"model": final["held_out_bits_per_byte"]} | compressors,
             "mtp_acceptance": final["held_out_acceptance"],
             "max_violation": final["held_out_max_violation"],
         }
@@ -50,8 +48,9 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
         names = {"model": "this model", "gzip -9": "gzip -9", "xz -9e": "xz -9e"}
         for key, value in summary["bits_per_byte"].items():
             table.add_row(f"held-out bits per byte, {names[key]}", f"{value:.3f}")
-        beaten = _beaten(summary["bits_per_byte"])
-        table.add_row("", f"below {' and '.join(beaten)}" if beaten else "above both")
+        if len(summary["bits_per_byte"]) > 1:
+            beaten = _beaten(summary["bits_per_byte"])
+            table.add_row("", f"below {' and '.join(beaten)}" if beaten else "above both")
         if summary["mtp_acceptance"] is not None:
             table.add_row("MTP drafts accepted, held out", f"{summary['mtp_acceptance']:.1%}")
         if summary["max_violation"]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dsjax.config import DataConfig, SourceConfig
-from dsjax.data.pipeline import joined_state, sample_texts, training_iterator
+from dsjax.data.batches import joined_state
+from dsjax.data.pipeline import sample_texts, training_iterator
 from dsjax.data.sources import open_corpus
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.errors import UserError

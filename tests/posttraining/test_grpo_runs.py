@@ -25,7 +25,7 @@ from dsjax.config_grpo import GrpoRunConfig
 from dsjax.errors import UserError
 from dsjax.posttraining.grpo import grpo, saved_state
 from dsjax.training.metrics import read_metrics
-from dsjax.training.pretrain import make_layout
+from dsjax.training.run import make_layout
 from tests.forked import Forks, forks
 from tests.posttraining.grpo_runs import overrides
 from tests.training.runs import ENVIRONMENT

@@ -1,0 +1,146 @@
+"""Adapters in the layout of PEFT, the library of that name: written, and read. Imports no jax.
+
+adapter_config.json          the method and its settings
+adapter_model.safetensors    base_model.model.MODULE.lora_A.weight [r, in], .lora_B.weight [out, r]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsjax.architecture import ModelConfig
+from dsjax.checkpoint.adapters import Low, adaptable, adapted, merge, module_of
+from dsjax.checkpoint.families import FP8
+from dsjax.checkpoint.safetensors import DTYPES, Entry, read_header
+from dsjax.checkpoint.source import Source
+from dsjax.config_sft import LoraConfig
+from dsjax.errors import UserError
+from dsjax.small_files import read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_SIDES = "lora_A", "lora_B"
+_REFUSED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication",
+            "lora_bias", "fan_in_fan_out")  # fmt: skip
+"""Settings that would mean other weights than B A alpha / r."""
+
+
+def peft_files(
+    config: ModelConfig, lora: LoraConfig, lows: Mapping[str, Low], base: str
+) -> dict[str, bytes]:
+    """The two files of an adapter, by their names.
+
+    Module names are ends of released ones, which tell `mlp.gate_proj` apart from an expert's.
+
+    Args:
+        lows: the adapter of each released weight that has one.
+        base: the path of the weights that they belong to.
+    """
+    from safetensors.numpy import save
+
+    modules = {
+        module_of(tensor).split(".", 3)[3]
+        for parts in adapted(config, lora.target_modules).values()
+        for tensor in parts
+    }
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    weights = {}
+    for name, low in lows.items():
+        for side, value in zip(_SIDES, (low.a, low.b), strict=True):
+            weights[_spelled(name, side)] = np.ascontiguousarray(value)
+    return {
+        CONFIG: f"{json.dumps(described, indent=2)}\n".encode(),
+        WEIGHTS: save(weights, metadata={"format": "pt"}),
+    }
+
+
+def read_peft(folder: Path, config: ModelConfig) -> dict[str, Low]:
+    """The adapter of each released weight that has one, out of a folder that PEFT or we wrote.
+
+    Raises:
+        UserError: a file is missing or damaged, it is another method, or of another model.
+    """
+    described = read_json(folder / CONFIG)
+    if (kind := described.get("peft_type")) != "LORA":
+        raise UserError(f"{folder / CONFIG}: peft_type is {kind!r}; expected LORA")
+    if found := next((key for key in _REFUSED if described.get(key)), None):
+        raise UserError(f"{folder / CONFIG}: {found}={described[found]!r} is not read; merge it "
+                        "by PEFT's own merge_and_unload")  # fmt: skip
+    alpha = described.get("lora_alpha")
+    if not isinstance(alpha, int | float):
+        raise UserError(f"{folder / CONFIG}: lora_alpha is {alpha!r}; expected a number")
+    stored = read_header(folder / WEIGHTS)
+    lows = {}
+    for parts in adaptable(config).values():
+        for tensor in parts:
+            names = [_spelled(tensor.name, side) for side in _SIDES]
+            if not stored.keys() & set(names):
+                continue
+            a, b = (_matrix(stored.pop(name, None), name, folder) for name in names)
+            if (a.shape[1], b.shape[0]) != tensor.shape[::-1] or a.shape[0] != b.shape[1]:
+                raise UserError(
+                    f"{folder / WEIGHTS}: the adapter of {tensor.name} is {list(b.shape)} by "
+                    f"{list(a.shape)}, the weight {list(tensor.shape)}; it is of another model"
+                )
+            rank = a.shape[0]
+            scale = alpha / (math.sqrt(rank) if described.get("use_rslora") else rank)
+            lows[tensor.name] = Low(a, b, scale)
+    if stored:
+        raise UserError(
+            f"{folder / WEIGHTS}: {min(stored)} is of no layer of the model that can have an "
+            "adapter; it is of another model, or adapts routed experts, embedding or head"
+        )
+    return lows
+
+
+def with_adapter(source: Source, folder: Path, dtype: str | None) -> Source:
+    """The same model with the adapters in a folder merged into its weights.
+
+    Raises:
+        UserError: as `read_peft`; or weights are stored in FP8, which a sum is not, and no dtype
+            is asked for.
+    """
+    lows = read_peft(folder, source.config)
+    if dtype is None and any(source.stored[name].dtype == FP8 for name in lows):
+        raise UserError(
+            f"{source.folder}: stored in FP8, which weights with an adapter added are not; choose "
+            "--dtype bfloat16, or --dtype fp8 to quantize anew"
+        )
+    return dataclasses.replace(
+        source,
+        stored=merge(source.stored, source.parts, lows),
+        adapters=(folder / CONFIG, folder / WEIGHTS),
+    )
+
+
+def _spelled(weight: str, side: str) -> str:
+    return f"{_PREFIX}{weight.removesuffix('.weight')}.{side}.weight"
+
+
+def _matrix(entry: Entry | None, name: str, folder: Path) -> Any:
+    if entry is None or len(entry.shape) != 2 or entry.dtype not in ("F32", "F16", "BF16"):
+        found = "is missing" if entry is None else f"is {entry.dtype} of {list(entry.shape)}"
+        raise UserError(f"{folder / WEIGHTS}: {name} {found}; expected a matrix of floats")
+    flat = entry.read_flat(0, math.prod(entry.shape))
+    return flat.astype(DTYPES["F32"]).reshape(entry.shape)
