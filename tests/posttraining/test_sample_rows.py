@@ -7,7 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsjax.checkpoint.manifest import write_manifest
-from dsjax.config_files import load_sample_config
+from dsjax.config_files import CONFIGS, load_sample_config
+from dsjax.data.answers import AnswerEncoder
+from dsjax.data.chat_template import read_template_file
+from dsjax.data.conversations import read_conversations
+from dsjax.data.language import read_language
 from dsjax.posttraining.sample_rows import origin_of
 from tests.evaluation.stand_ins import ScriptedEngine
 from tests.posttraining.sampled import checkpoint as checkpoint
@@ -27,7 +31,7 @@ def test_messages_get_the_answer_behind_them_and_its_thought_beside_it(
     texts = ("<think>\nTwice two.\n</think>\n\n4", "4", "<think></think>\nfour")
     engine = ScriptedEngine(says(checkpoint, *texts))
     rows = lines(run(engine, "sampling.max_tokens=99", "filters=[]") / "sft.jsonl")
-    earlier = [said[0], said[1] | {"trained": False}, said[2]]
+    earlier = [said[0], said[1] | {"weight": 0}, said[2]]
     answer = {"role": "assistant", "content": "4"}
     expected = [answer | {"reasoning_content": "Twice two."}, answer, answer | {"content": "four"}]
     assert [row["messages"] for row in rows] == [[*earlier, each] for each in expected]
@@ -105,3 +109,19 @@ def test_held_out_prompts_are_left_out_and_a_limit_takes_some_of_the_rest(
         found.append({row["prompt"] for row in rows})
         assert len(found[-1]) == 40
     assert not found[0] & found[1]
+
+
+def test_supervised_tuning_reads_a_text_token_for_token_as_it_was_drawn(
+    run: Callable[..., Path], checkpoint: Path, tmp_path: Path
+) -> None:
+    write_prompts(tmp_path, {"prompt": "2+2=", "answer": "4"})
+    run(ScriptedEngine(says(checkpoint, "4", "5", "6")))
+    language = read_language(str(checkpoint))
+    template = read_template_file(CONFIGS / "as-written.jinja", language.tokenizer)
+    encoder = AnswerEncoder(template, language.tokenizer, "all")
+    [conversation] = read_conversations([str(tmp_path / "out/sft.jsonl")])
+    [example] = encoder.examples(conversation)
+    asked = language.text("2+2=")
+    answer = [*language.tokenizer.encode("4"), language.tokenizer.eos_id]
+    assert example.tokens.tolist() == [*asked, *answer]
+    assert example.trained.tolist() == [False] * len(asked) + [True] * len(answer)
