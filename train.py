@@ -42,7 +42,7 @@ def main() -> None:
     from dsjax.config import PretrainConfig
     from dsjax.config_files import load_run_config
     from dsjax.config_grpo import GrpoRunConfig
-    from dsjax.config_sft import SftConfig
+    from dsjax.config_sft import DistillConfig, SftConfig
 
     config = read_together(lambda: load_run_config(name, overrides, model_of))
     console = Console()
@@ -54,6 +54,10 @@ def main() -> None:
         from dsjax.posttraining.sft import sft
 
         sft(config, console)
+    elif isinstance(config, DistillConfig):
+        from dsjax.posttraining.distill import distill
+
+        distill(config, console)
     elif isinstance(config, PretrainConfig):
         from dsjax.inference.samples import show_sample
         from dsjax.training.pretrain import pretrain

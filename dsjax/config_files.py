@@ -14,7 +14,7 @@ from dsjax.architecture import FAMILIES, ModelConfig
 from dsjax.config import PretrainConfig, RunConfig
 from dsjax.config_grpo import GrpoRunConfig
 from dsjax.config_sample import SampleConfig
-from dsjax.config_sft import SftConfig
+from dsjax.config_sft import DistillConfig, SftConfig
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
 from dsjax.small_files import read_small, write_whole
@@ -26,6 +26,7 @@ MAX_YAML_BYTES = 1_000_000
 TASKS: dict[str, type[RunConfig]] = {
     "pretrain": PretrainConfig,
     "sft": SftConfig,
+    "distill": DistillConfig,
     "grpo": GrpoRunConfig,
 }
 """The configuration of each task of train.py."""

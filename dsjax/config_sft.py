@@ -1,4 +1,4 @@
-"""Configuration of the tasks that learn from conversations: supervised tuning (`task: sft`)."""
+"""Configuration of the tasks that learn from conversations: `sft` and `distill`."""
 
 from __future__ import annotations
 
@@ -58,10 +58,9 @@ class LoraConfig(Section):
     and of the feed-forward where there are no routed experts, which have none."""
 
 
-class SftConfig(TrainRunConfig):
-    """A run that trains on the assistant's part of conversations."""
+class TuningConfig(TrainRunConfig):
+    """A run that begins at a checkpoint, and trains on the assistant's part of conversations."""
 
-    task: Literal["sft"] = "sft"
     init: str = Field(min_length=1)
     """The checkpoint to begin at: whatever `dsjax.load` reads."""
     data: ChatDataConfig
@@ -70,3 +69,27 @@ class SftConfig(TrainRunConfig):
     evaluation: HeldOutConfig
     lora: LoraConfig | None = None
     """None trains all weights."""
+
+
+class SftConfig(TuningConfig):
+    """Supervised tuning."""
+
+    task: Literal["sft"] = "sft"
+
+
+class TeacherConfig(Section):
+    """Whose distribution is learned, and how much of the loss that is."""
+
+    checkpoint: str = Field(min_length=1)
+    """Whatever `dsjax.load` reads, of any architecture with the student's vocabulary."""
+    temperature: float = Field(1.0, gt=0)
+    """What both models' logits are divided by."""
+    weight: float = Field(1.0, gt=0, le=1)
+    """Of the divergence from the teacher; what is left is that of the answers' own tokens."""
+
+
+class DistillConfig(TuningConfig):
+    """Distillation on logits."""
+
+    task: Literal["distill"] = "distill"
+    teacher: TeacherConfig

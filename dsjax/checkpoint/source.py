@@ -17,7 +17,7 @@ from dsjax.checkpoint.pickled import PICKLE_INDEX, find_pickles, read_pickles, r
 from dsjax.checkpoint.safetensors import INDEX, read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
-from dsjax.config_sft import SftConfig
+from dsjax.config_sft import TuningConfig
 from dsjax.errors import UserError
 from dsjax.places import as_path, local_path
 
@@ -167,13 +167,13 @@ def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False)
     return Source(folder, kind, promised, config, stored, parts, carried)
 
 
-def run_with_adapters(folder: Path) -> SftConfig | None:
+def run_with_adapters(folder: Path) -> TuningConfig | None:
     """The configuration of a run that trained adapters; None of any other."""
     config = load_run_config(folder / CONFIG)
-    return config if isinstance(config, SftConfig) and config.lora is not None else None
+    return config if isinstance(config, TuningConfig) and config.lora is not None else None
 
 
-def _open_adapted(folder: Path, run: SftConfig, *, check: bool) -> Source:
+def _open_adapted(folder: Path, run: TuningConfig, *, check: bool) -> Source:
     """The weights that a run began with, its adapters added."""
     from dsjax.checkpoint.adapters import cut_adapters, merge
     from dsjax.checkpoint.run_weights import newest_step, read_adapters, read_run

@@ -2,11 +2,11 @@
 
 A row is one of
 
-    {"messages": [{"role": ..., "content": ..., "reasoning_content": ..., "weight": ...}, ...]}
+    {"messages": [{"role": ..., "content": ..., "reasoning_content": ..., "trained": ...}, ...]}
     {"prompt": TEXT OR MESSAGES, "completion" or "response": TEXT OR MESSAGES}
 
-`reasoning_content` and `weight` may be missing, and other keys of a row are not looked at. What is
-trained are the assistant's messages, but those of `"weight": 0` and those of a `prompt`.
+`reasoning_content` and `trained` may be missing, and other keys of a row are not looked at. What is
+trained are the assistant's messages, but those with `"trained": false` and those of a `prompt`.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def _message(item: Any, where: str) -> tuple[dict[str, str], bool]:
         raise ValueError(f"{where} is a {type(item).__name__}; expected a message")
     # parquet spells a key that is missing in one row, and there in another, by null.
     given = {key: value for key, value in item.items() if value is not None}
-    weight = given.pop("weight", 1)
-    if weight not in (0, 1):
-        raise ValueError(f"{where}.weight is {weight!r}; expected 0 or 1")
+    trained = given.pop("trained", True)
+    if not isinstance(trained, bool):
+        raise ValueError(f"{where}.trained is {trained!r}; expected true or false")
     for key in ("role", "content"):
         if key not in given:
             raise ValueError(f"{where} has no {key}")
@@ -132,4 +132,4 @@ def _message(item: Any, where: str) -> tuple[dict[str, str], bool]:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{where}.{key} holds half of a surrogate pair") from None
-    return given, bool(weight) and given["role"] == "assistant"
+    return given, trained and given["role"] == "assistant"

@@ -14,7 +14,7 @@ from dsjax.checkpoint.run_weights import read_adapters
 from dsjax.checkpoint.source import model_of
 from dsjax.config import OptimizerConfig, Stage
 from dsjax.config_files import CONFIGS
-from dsjax.config_sft import SftConfig
+from dsjax.config_sft import SftConfig, TuningConfig
 from dsjax.data.answer_rows import AnswerRows, held_out_answers, make_examples
 from dsjax.data.answers import AnswerEncoder
 from dsjax.data.chat_template import ChatTemplate, TemplateError, read_template_file
@@ -44,7 +44,7 @@ def sft(config: SftConfig, console: Console) -> None:
         train(prepare(config, console), console)
 
 
-def prepare(config: SftConfig, console: Console) -> Run:
+def prepare(config: TuningConfig, console: Console) -> Run:
     """What the loop needs, once all processes have come together."""
     layout = make_layout(config)
     length = config.data.sequence_length
@@ -74,7 +74,7 @@ def prepare(config: SftConfig, console: Console) -> Run:
     )
 
 
-def check_model(config: SftConfig) -> None:
+def check_model(config: TuningConfig) -> None:
     """Where a configuration says what its model is, that is the checkpoint's; else `UserError`."""
     said, found = config.model.model_dump(), model_of(config.init).model_dump()
     for key in said | found:
@@ -85,7 +85,7 @@ def check_model(config: SftConfig) -> None:
             )
 
 
-def read_chat_language(config: SftConfig) -> Language:
+def read_chat_language(config: TuningConfig) -> Language:
     """The checkpoint's, with the template that the configuration names, if it names one.
 
     Raises:
@@ -112,7 +112,7 @@ def _template(language: Language) -> ChatTemplate:
 
 
 def _read_data(
-    config: SftConfig, language: Language, rows: list[int], console: Console
+    config: TuningConfig, language: Language, rows: list[int], console: Console
 ) -> tuple[AnswerRows, HeldOutRows | None]:
     """What is trained on, and what is held out of it."""
     data, length = config.data, config.data.sequence_length
@@ -140,7 +140,7 @@ def _read_data(
     return answers, held_out_answers(examples, language.tokenizer, length)
 
 
-def _scheduled(config: SftConfig, tokens: int) -> OptimizerConfig:
+def _scheduled(config: TuningConfig, tokens: int) -> OptimizerConfig:
     """The optimizer's settings with the learning rate over this many tokens."""
     [first, *later] = config.optimizer.learning_rate
     if later or first.until is not None:
@@ -150,7 +150,7 @@ def _scheduled(config: SftConfig, tokens: int) -> OptimizerConfig:
     return config.optimizer.model_copy(update={"learning_rate": stages})
 
 
-def _write_adapter(config: SftConfig, folder: Path) -> None:
+def _write_adapter(config: TuningConfig, folder: Path) -> None:
     """The newest adapters in PEFT's layout, where there are any."""
     if config.lora is None:
         return

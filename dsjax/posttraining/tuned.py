@@ -12,7 +12,7 @@ from flax import nnx
 
 from dsjax.checkpoint.adapters import adapted
 from dsjax.checkpoint.load import load_on
-from dsjax.config_sft import SftConfig
+from dsjax.config_sft import TuningConfig
 from dsjax.errors import UserError
 from dsjax.model.layers import Frozen, RouterBias, tree_shardings
 from dsjax.model.lora import add_adapters
@@ -31,7 +31,7 @@ class Tuned:
     `init` again.
     """
 
-    config: SftConfig
+    config: TuningConfig
     layout: Layout
 
     def __post_init__(self) -> None:

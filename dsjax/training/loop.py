@@ -89,6 +89,8 @@ class TrainingLoop:
     console: Console
     termination: Termination
     make_step: StepMaker = make_train_step
+    beside: tuple[Any, ...] = ()
+    """What the step takes beside the state."""
     exit_code: int | None = None
 
     def __post_init__(self) -> None:
@@ -201,7 +203,7 @@ class TrainingLoop:
         begin = time.monotonic()
         plan = Plan(1, 0, 0.0, 0.0, 0.0)
         empty = self._placed_batch(self._empty_batch())
-        self._step = self._step.lower(self.state, empty, *_scalars(plan)).compile()
+        self._step = self._step.lower(self.state, empty, *_scalars(plan), *self.beside).compile()
         self._meet()
         self._display.say(f"compiled the step in {time.monotonic() - begin:.1f} s")
 
@@ -211,7 +213,7 @@ class TrainingLoop:
             microbatch = next(self.data)
             for name, array in arrays.items():
                 array[index] = microbatch[name]
-        return self.state, self._placed_batch(arrays), *_scalars(plan)
+        return self.state, self._placed_batch(arrays), *_scalars(plan), *self.beside
 
     def _empty_batch(self) -> dict[str, np.ndarray]:
         """Of what `Batch` has, as much as the data give."""

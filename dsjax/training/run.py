@@ -75,6 +75,8 @@ class Run:
     compressors: Callable[[], dict[str, float]]
     """Bits per byte of compressors on the held-out text, for the summary."""
     make_step: StepMaker = make_train_step
+    beside: Callable[[], tuple[Any, ...]] = tuple
+    """Makes what the step takes beside the state, on the mesh: a teacher."""
 
 
 @contextmanager
@@ -153,7 +155,7 @@ def train(run: Run, console: Console) -> None:
             written = (store, log, profiler, console)
             loop = TrainingLoop(
                 config, run.tokens, layout, state, clock, *read, *written, termination,
-                make_step=run.make_step,
+                make_step=run.make_step, beside=run.beside(),
             )  # fmt: skip
             loop.run()
             done_before = log.is_evaluated and loop.clock == clock

@@ -55,7 +55,7 @@ def test_only_the_last_answer_is_trained_where_that_is_asked_for(tmp_path):
 
 def test_what_is_not_to_be_trained_is_not(tmp_path):
     record = said("hi", "hello", "stop?", "no")
-    record["messages"][1]["weight"] = 0
+    record["messages"][1]["trained"] = False
     assert [t for _, t in examples(PLAIN, tmp_path, record)] == [f"no{EOS}"]
 
 
@@ -133,8 +133,8 @@ def test_a_template_that_changes_answers_is_refused(tmp_path):
         ({"messages": [{"role": "user"}]}, r"messages\[0\] has no content"),
         ({"messages": [{"role": "user", "content": 3}]}, "content is a int"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "no answer of the assistant"),
-        (said("hi", "no", weight=0), "no answer of the assistant"),
-        (said("hi", "no", weight="no"), r"messages\[1\].weight is 'no'"),
+        (said("hi", "no", trained=False), "no answer of the assistant"),
+        (said("hi", "no", trained="no"), r"messages\[1\].trained is 'no'"),
         ({"prompt": "hi", "completion": 3}, "completion is a int"),
     ],
 )
