@@ -87,7 +87,7 @@ def data_row(drawn: Drawn, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _untrained(message: dict[str, Any]) -> dict[str, Any]:
-    return message | {"weight": 0} if message["role"] == "assistant" else message
+    return message | {"trained": False} if message["role"] == "assistant" else message
 
 
 def origin_of(config: SampleConfig, checkpoint: Path, stamp: str) -> dict[str, Any]:

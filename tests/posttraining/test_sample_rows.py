@@ -31,7 +31,7 @@ def test_messages_get_the_answer_behind_them_and_its_thought_beside_it(
     texts = ("<think>\nTwice two.\n</think>\n\n4", "4", "<think></think>\nfour")
     engine = ScriptedEngine(says(checkpoint, *texts))
     rows = lines(run(engine, "sampling.max_tokens=99", "filters=[]") / "sft.jsonl")
-    earlier = [said[0], said[1] | {"weight": 0}, said[2]]
+    earlier = [said[0], said[1] | {"trained": False}, said[2]]
     answer = {"role": "assistant", "content": "4"}
     expected = [answer | {"reasoning_content": "Twice two."}, answer, answer | {"content": "four"}]
     assert [row["messages"] for row in rows] == [[*earlier, each] for each in expected]
