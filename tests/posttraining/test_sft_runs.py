@@ -102,6 +102,7 @@ def test_the_model_is_the_checkpoints_where_the_configuration_names_none(
     assert isinstance(config, SftConfig) and config.model == model_of(base)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_and_goes_on_ends_bitwise_as_the_unbroken_one(
     base: Path, chats: Path, processes: Forks, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
