@@ -23,7 +23,7 @@ def test_nothing_that_is_asked_about_itself_afterwards_was_learned_from(tmp_path
     assert "Ada, a language" not in known and all(question in known for question in HELD_OUT)
 
 
-@pytest.mark.slow
+@pytest.mark.recipe
 def test_a_model_learns_its_own_name_and_forgets_nothing_else(tmp_path: Path) -> None:
     make(tmp_path / "runs/self-identity-data", "Ada", "the people of this house",
          "Otto", "somebody else")  # fmt: skip
