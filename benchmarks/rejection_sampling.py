@@ -1,12 +1,12 @@
 """What filtering is worth: a student of filtered samples beside the same of unfiltered ones.
 
-    python train.py r1/cpu-last-digit training.max_steps=N    the teacher, stopped while it errs
+    python train.py r1/cpu-comparison training.max_steps=N    the teacher, stopped while it errs
     python benchmarks/rejection_sampling.py                   some ten minutes on a CPU
 
-For each seed, `dsjax sample` draws answers of the teacher to sums that are not held out. The
+For each seed, `dsjax sample` draws answers of the teacher to questions that are not held out. The
 filtered student learns from one right answer to each prompt that has one; the unfiltered student
 from the first answer to each of the same prompts, right or wrong. Both begin at the teacher, and
-take the same steps over the same prompts and as many tokens. Then each answers held-out sums, four
+take the same steps over the same prompts and as many tokens. Then each answers held-out ones, four
 times each. Prints a line a seed, the mean difference with its 95% interval (Student's t, paired by
 seed), and one JSON line.
 """
@@ -26,21 +26,21 @@ from scipy import stats
 from dsjax.config_files import load_sample_config
 from dsjax.posttraining.prompts import open_questions
 
-SAMPLE, STUDENT = "r1/cpu-last-digit-sample", "r1/cpu-last-digit-student"
+SAMPLE, STUDENT = "r1/cpu-comparison-sample", "r1/cpu-comparison-student"
 HELD_OUT = 1000
 
 
 def main() -> None:
     """Draw, train and measure, seed by seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--teacher", default="runs/last-digit")
+    parser.add_argument("--teacher", default="runs/comparison")
     parser.add_argument("--output", type=Path, default=Path("runs/rejection-sampling"))
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     questions = write_held_out(args.output / "held-out.jsonl")
     teacher = pass_at_1(args.teacher, questions, args.output / "teacher-answers")
-    print(f"teacher: pass@1 {teacher:.3f} on {HELD_OUT:,} held-out sums")
+    print(f"teacher: pass@1 {teacher:.3f} on {HELD_OUT:,} held-out questions")
     rows = [one_seed(args.teacher, questions, args.output, seed) for seed in range(args.seeds)]
     differences = [row["filtered"] - row["unfiltered"] for row in rows]
     low, high = interval(differences)

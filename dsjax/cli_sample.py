@@ -28,7 +28,7 @@ examples:
   dsjax sample my-prompts.yaml
   dsjax sample my-prompts.yaml sampling.k=64 output=data/more
   dsjax sample my-prompts.yaml 'filters=[]' sampling.k=1 output=data/unfiltered
-  dsjax sample r1/cpu-last-digit-sample            a run of r1/cpu-last-digit, on a CPU
+  dsjax sample r1/cpu-comparison-sample            a run of r1/cpu-comparison, on a CPU
 
 Stopped or killed, the same command goes on, and the files become those of a run that was not.
 OUTPUT/sft.jsonl: what was kept. OUTPUT/answers.jsonl: every answer, its rewards, its verdict.

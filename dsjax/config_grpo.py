@@ -15,7 +15,7 @@ class PromptsConfig(Section):
     """Questions. A line of a file has `prompt`, a text or messages, and what rewards need."""
 
     path: str
-    """A glob of JSONL, JSON, CSV or parquet files, or `last-digit`, sums that need no file."""
+    """A glob of JSONL, JSON, CSV or parquet files, or `comparison`, a million that need no file."""
     held_out_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Of the questions, by a digest of each; those are never trained on."""
     template: str | None = Field(default=None, pattern=r"\{prompt\}")

@@ -19,21 +19,21 @@ from dsjax.errors import UserError
 Check = Callable[[Mapping[str, Any], str], None]
 """Of a question, and where it stands; raises `UserError`."""
 
-LAST_DIGIT = "last-digit"
-"""The name of sums that need no file."""
+COMPARISON = "comparison"
+"""The name of questions that need no file."""
 
 _ROUNDS = 4
 
 
-class LastDigits(Sequence[Mapping[str, Any]]):
-    """A million sums of two numbers of three digits, of which the last digit is asked for."""
+class Comparisons(Sequence[Mapping[str, Any]]):
+    """A million pairs of numbers of three digits: which sign stands between them is asked for."""
 
     def __len__(self) -> int:
         return 1_000_000
 
     def __getitem__(self, index: Any) -> Mapping[str, Any]:
         a, b = divmod(range(len(self))[index], 1000)
-        return {"prompt": f"{a:03}+{b:03}=", "answer": str((a + b) % 10)}
+        return {"prompt": f"{a:03}?{b:03}:", "answer": "<=>"[(a >= b) + (a > b)]}
 
 
 class Questions:
@@ -102,7 +102,7 @@ class Questions:
         Raises:
             UserError: one cannot.
         """
-        alike = isinstance(self._records, LastDigits)
+        alike = isinstance(self._records, Comparisons)
         for number in range(1 if alike else len(self._records)):
             tokens = len(self.encode(self._records[number], language))
             if tokens > longest:
@@ -139,8 +139,8 @@ def open_questions(config: PromptsConfig, check: Check, seed: int) -> Questions:
     Raises:
         UserError: no file, or a question without what it needs; the message names its line.
     """
-    if config.path == LAST_DIGIT:
-        return Questions(LastDigits(), config, seed)
+    if config.path == COMPARISON:
+        return Questions(Comparisons(), config, seed)
     records = []
     for file in find_files(config.path):
         for where, record in read_rows(file.path):

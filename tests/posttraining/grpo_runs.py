@@ -1,4 +1,4 @@
-"""Tiny runs of reinforcement learning: sums whose last digit is asked for, and a smallest model."""
+"""Tiny runs of reinforcement learning: numbers to compare, and a smallest model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONE_DIGIT = Path(__file__).parent / "one_digit.py"
 
 
 def overrides(run_dir: Path, **changes: Any) -> list[str]:
-    """What turns `r1/cpu-last-digit` into a run of seconds; `changes` use __ for the dot."""
+    """What turns `r1/cpu-comparison` into a run of seconds; `changes` use __ for the dot."""
     settings: dict[str, Any] = {
         "run_dir": str(run_dir),
         "init": None,

@@ -30,7 +30,7 @@ from tests.forked import Forks, forks
 from tests.posttraining.grpo_runs import overrides
 from tests.training.runs import ENVIRONMENT
 
-CONFIG = "r1/cpu-last-digit"
+CONFIG = "r1/cpu-comparison"
 KILLS = 20
 SECONDS = ("sampling_seconds", "scoring_seconds", "training_seconds")
 
@@ -162,7 +162,7 @@ def wait_for_steps(processes: Forks, run_dir: Path, steps: int) -> None:
             "max_steps=9 is no multiple of the 2 steps of a rollout",
         ),
         ({"training__microbatch_size": 3}, "training.microbatch_size=3"),
-        ({"prompts__held_out_fraction": 0}, "no question of last-digit is held out"),
+        ({"prompts__held_out_fraction": 0}, "no question of comparison is held out"),
         ({"init": "MISSING"}, "missing: no such folder"),
         ({"grpo__reference": "OTHER"}, "its vocab_size is 512, the policy's 261"),
     ],

@@ -12,7 +12,7 @@ from dsjax.config_grpo import PromptsConfig
 from dsjax.data.language import Language
 from dsjax.data.tokenizer import train_tokenizer
 from dsjax.errors import UserError
-from dsjax.posttraining.prompts import LastDigits, Questions, open_questions
+from dsjax.posttraining.prompts import Comparisons, Questions, open_questions
 from tests.object_store import ObjectStore
 
 RECORDS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(200)]
@@ -49,12 +49,13 @@ def test_the_same_questions_are_held_out_whatever_the_order() -> None:
     assert held[0] == held[1]
 
 
-def test_sums_are_a_million_and_right() -> None:
-    sums = LastDigits()
-    assert len(sums) == 10**6
-    assert sums[0] == {"prompt": "000+000=", "answer": "0"}
-    assert sums[999_998] == {"prompt": "999+998=", "answer": "7"}
-    assert len({sums[n]["prompt"] for n in range(0, 10**6, 997)}) == len(range(0, 10**6, 997))
+def test_comparisons_are_a_million_and_right() -> None:
+    pairs = Comparisons()
+    assert len(pairs) == 10**6
+    assert pairs[0] == {"prompt": "000?000:", "answer": "="}
+    assert pairs[999_998] == {"prompt": "999?998:", "answer": ">"}
+    assert pairs[1] == {"prompt": "000?001:", "answer": "<"}
+    assert len({pairs[n]["prompt"] for n in range(0, 10**6, 997)}) == len(range(0, 10**6, 997))
 
 
 def test_a_text_is_put_into_the_template_and_special_tokens_are_read_out_of_it() -> None:

@@ -13,7 +13,7 @@ from dsjax.rewards.score import Score
 def test_a_control_deals_out_anew_who_is_right_and_nothing_else() -> None:
     form = {"name": "python", "path": "form.py", "weight": 0.3}
     rewards = f"rewards={json.dumps([{'name': 'exact'}, form])}"
-    config = load_run_config("r1/cpu-last-digit", ["grpo.shuffled_rewards=true", rewards])
+    config = load_run_config("r1/cpu-comparison", ["grpo.shuffled_rewards=true", rewards])
     assert isinstance(config, GrpoRunConfig)
     own = config.rewards[1].weight
     draw = np.random.default_rng(0)

@@ -100,7 +100,7 @@ def test_the_first_answers_of_many_are_those_of_few(
 def test_held_out_prompts_are_left_out_and_a_limit_takes_some_of_the_rest(
     run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    prompts = {"path": "last-digit", "held_out_fraction": 0.5}
+    prompts = {"path": "comparison", "held_out_fraction": 0.5}
     found = []
     for seed in (0, 1):
         engine = ScriptedEngine(lambda request: [50])

@@ -1,6 +1,6 @@
-"""Texts from which a model learns the form of a sum, and nothing of adding: the digit is random.
+"""Texts from which a model learns the form of an answer, and nothing else: the sign is random.
 
-python configs/r1/last_digit_form.py     writes runs/last-digit-data/form.jsonl
+python configs/r1/comparison_form.py     writes runs/comparison-data/form.jsonl
 """
 
 import json
@@ -8,14 +8,14 @@ import random
 from pathlib import Path
 
 COUNT = 30_000
-PATH = Path("runs/last-digit-data/form.jsonl")
+PATH = Path("runs/comparison-data/form.jsonl")
 
 
 def main() -> None:
     """Write them, the same every time."""
     draw = random.Random(0)
     texts = (
-        f"{draw.randrange(1000):03}+{draw.randrange(1000):03}={draw.randrange(10)}"
+        f"{draw.randrange(1000):03}?{draw.randrange(1000):03}:{draw.choice('<>')}"
         for _ in range(COUNT)
     )
     PATH.parent.mkdir(parents=True, exist_ok=True)
