@@ -1,7 +1,9 @@
 """What filtering is worth: a student of filtered samples beside the same of unfiltered ones.
 
-    python train.py r1/cpu-comparison training.max_steps=N    the teacher, stopped while it errs
-    python benchmarks/rejection_sampling.py                   some ten minutes on a CPU
+    python train.py r1/cpu-comparison run_dir=runs/comparison-teacher training.max_steps=40
+    python benchmarks/rejection_sampling.py
+
+The teacher, r1/cpu-comparison after its cold start, is stopped while it still errs.
 
 For each seed, `dsjax sample` draws answers of the teacher to questions that are not held out. The
 filtered student learns from one right answer to each prompt that has one; the unfiltered student
@@ -33,7 +35,7 @@ HELD_OUT = 1000
 def main() -> None:
     """Draw, train and measure, seed by seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--teacher", default="runs/comparison")
+    parser.add_argument("--teacher", default="runs/comparison-teacher")
     parser.add_argument("--output", type=Path, default=Path("runs/rejection-sampling"))
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
