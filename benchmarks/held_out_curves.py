@@ -33,10 +33,10 @@ def main() -> None:
     axes = figure.add_subplot()
     rows = [draw(axes, run) for run in args.runs]
     axes.axhline(rows[0]["best_constant"], color="gray", linewidth=1, linestyle=":")
-    axes.annotate("best constant answer", (0, rows[0]["best_constant"]), (4, 4),
+    axes.annotate("best constant answer", (0, rows[0]["best_constant"]), (0, -10),
                   textcoords="offset points", color="gray", fontsize=8)  # fmt: skip
     axes.set(xlabel="step", ylabel="pass@1 on held-out questions", ylim=(0, 1))
-    axes.legend(loc="center left", frameon=False, fontsize=8)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(args.output, dpi=150)
     print(f"{'run':24} {'first':>7} {'last':>7} {'constant':>9} {'minutes':>8}")

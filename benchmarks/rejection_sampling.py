@@ -1,6 +1,7 @@
 """What filtering is worth: a student of filtered samples beside the same of unfiltered ones.
 
-    python train.py r1/cpu-comparison run_dir=runs/comparison-teacher training.max_steps=40
+    python train.py r1/cpu-comparison run_dir=runs/comparison-teacher training.max_steps=40 \\
+        grpo.kl_weight=0.02
     python benchmarks/rejection_sampling.py
 
 The teacher, r1/cpu-comparison after its cold start, is stopped while it still errs.
