@@ -139,13 +139,22 @@ class PythonReward(BaseReward):
     memory_bytes: int = Field(4 << 30, gt=0)
 
 
-def _name_of(value: Any) -> Any:
+def name_of(value: Any) -> Any:
+    """The `name` by which an item of a list says what it is."""
     return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
 
 
-def _check_name(value: Any) -> Any:
-    if (name := _name_of(value)) not in NAMES:
-        raise ValueError(f"unknown reward {name!r}; expected one of {', '.join(NAMES)}")
+def names_in(union: Any) -> tuple[str, ...]:
+    """What `name` may be in an annotated union of tagged sections."""
+    kinds = get_args(get_args(union)[0])
+    marks = (mark for kind in kinds for mark in kind.__metadata__)
+    return tuple(mark.tag for mark in marks if isinstance(mark, Tag))
+
+
+def check_name(value: Any, what: str, names: tuple[str, ...]) -> Any:
+    """The item, if it is one of those that there are; else `ValueError`."""
+    if (name := name_of(value)) not in names:
+        raise ValueError(f"unknown {what} {name!r}; expected one of {', '.join(names)}")
     return value
 
 
@@ -159,15 +168,10 @@ RewardConfig = Annotated[
     | Annotated[LengthReward, Tag("length")]
     | Annotated[ModelReward, Tag("model")]
     | Annotated[PythonReward, Tag("python")],
-    Discriminator(_name_of),
-    BeforeValidator(_check_name),
+    Discriminator(name_of),
+    BeforeValidator(lambda value: check_name(value, "reward", NAMES)),
 ]
 """Any one of them."""
 
-NAMES = tuple(
-    mark.tag
-    for kind in get_args(get_args(RewardConfig)[0])
-    for mark in kind.__metadata__
-    if isinstance(mark, Tag)
-)
+NAMES = names_in(RewardConfig)
 """What `name` may be."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, field_validator
 
 from dsjax.architecture import Section
 from dsjax.config_grpo import PromptsConfig, SamplingConfig
-from dsjax.config_rewards import LANGUAGES, RewardConfig
+from dsjax.config_rewards import LANGUAGES, RewardConfig, check_name, name_of, names_in
 
 
 class RepeatedSamplingConfig(SamplingConfig):
@@ -62,33 +62,18 @@ class DistinctFilter(Section):
     name: Literal["distinct"] = "distinct"
 
 
-def _name_of(value: Any) -> Any:
-    return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-
-
-def _check_name(value: Any) -> Any:
-    if (name := _name_of(value)) not in FILTERS:
-        raise ValueError(f"unknown filter {name!r}; expected one of {', '.join(FILTERS)}")
-    return value
-
-
 FilterConfig = Annotated[
     Annotated[FinishedFilter, Tag("finished")]
     | Annotated[CorrectFilter, Tag("correct")]
     | Annotated[LanguageFilter, Tag("language")]
     | Annotated[ReadableFilter, Tag("readable")]
     | Annotated[DistinctFilter, Tag("distinct")],
-    Discriminator(_name_of),
-    BeforeValidator(_check_name),
+    Discriminator(name_of),
+    BeforeValidator(lambda value: check_name(value, "filter", FILTERS)),
 ]
 """Any one of them."""
 
-FILTERS = tuple(
-    mark.tag
-    for kind in get_args(get_args(FilterConfig)[0])
-    for mark in kind.__metadata__
-    if isinstance(mark, Tag)
-)
+FILTERS = names_in(FilterConfig)
 """What `name` may be."""
 
 

@@ -5,7 +5,6 @@ A run with adapters holds them alone; its `init` has the weights under them.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 
 from dsjax.architecture import DeepSeekConfig, ModelConfig
 from dsjax.checkpoint.families import ATTENTION, DENSE, FP8, SHARED, Tensor, tensors
-from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.checkpoint.safetensors import DTYPES, InParts
 from dsjax.config_sft import LoraConfig
 from dsjax.errors import UserError
 from dsjax.numerics.fp8_host import check_scales, dequantize_into
@@ -98,7 +97,7 @@ def cut_adapters(
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(InParts):
     """A weight with its adapter added; otherwise like the stored tensor that it is made of."""
 
     base: Any
@@ -121,15 +120,6 @@ class Merged:
     def shape(self) -> tuple[int, ...]:
         """As in the released files."""
         return tuple(self.base.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-    def read(self) -> np.ndarray:
-        """All of it."""
-        return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
 
     def read_flat(self, begin: int, end: int) -> np.ndarray:
         """Some of its numbers, in the file's order: added in float32, rounded once."""

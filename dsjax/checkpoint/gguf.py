@@ -22,6 +22,7 @@ import numpy as np
 from dsjax.architecture import FAMILIES, DenseConfig
 from dsjax.checkpoint.gguf_header import check_header
 from dsjax.checkpoint.gguf_tokenizer import tokenizer_files
+from dsjax.checkpoint.safetensors import InParts
 from dsjax.config_files import parse_model
 from dsjax.errors import UserError, one_line
 
@@ -58,7 +59,7 @@ LLAMA3 = {
 
 
 @dataclass(frozen=True)
-class GgufTensor:
+class GgufTensor(InParts):
     """A weight in the released order of its rows; see `source.Stored`."""
 
     file: Path
@@ -73,15 +74,6 @@ class GgufTensor:
     def dtype(self) -> str:
         """What its numbers are once they are made."""
         return "F32"
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes, as float32."""
-        return 4 * math.prod(self.shape)
-
-    def read(self) -> np.ndarray:
-        """All of it."""
-        return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
 
     def read_flat(self, begin: int, end: int) -> np.ndarray:
         """Numbers `begin` to `end`, in the released order; only their rows are made."""

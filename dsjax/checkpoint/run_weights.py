@@ -19,7 +19,7 @@ import tensorstore as ts
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.manifest import MANIFEST, DamagedError, read_manifest, verify
-from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.checkpoint.safetensors import InParts
 from dsjax.checkpoint.steps_in_bucket import verify_step
 from dsjax.errors import UserError, one_line
 from dsjax.places import ObjectPath
@@ -34,7 +34,7 @@ _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)
-class RunTensor:
+class RunTensor(InParts):
     """One tensor of the released files within an array of the run; otherwise like an `Entry`."""
 
     file: Path
@@ -42,15 +42,6 @@ class RunTensor:
     shape: tuple[int, ...]
     index: tuple[int, ...]
     array: Any
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-    def read(self) -> np.ndarray:
-        """The tensor, in memory of its own."""
-        return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
 
     def read_flat(self, begin: int, end: int) -> np.ndarray:
         """Numbers `begin` to `end`, in the order of the released file."""

@@ -54,8 +54,29 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+class InParts:
+    """What follows, for a stored tensor, from its `shape`, its `dtype` and `read_flat`."""
+
+    __slots__ = ()
+    dtype: Any
+    shape: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read(self) -> np.ndarray:
+        """All of it."""
+        return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
+
+    def read_flat(self, begin: int, end: int) -> np.ndarray:
+        """Numbers `begin` to `end`, in the order of the released file."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(InParts):
     """One tensor as its header describes it; `start` is counted in bytes from the file's begin."""
 
     file: Path
@@ -63,15 +84,10 @@ class Entry:
     shape: tuple[int, ...]
     start: int
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
     def read(self) -> np.ndarray:
         """The tensor as a read-only view of the file: only what is looked at enters memory."""
         if isinstance(self.file, ObjectPath):
-            return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
+            return InParts.read(self)
         return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape).view(
             np.ndarray
         )

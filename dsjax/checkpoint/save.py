@@ -16,7 +16,7 @@ from jax import lax
 from dsjax.checkpoint.conversion import DSJAX, FORMATS, make_plan
 from dsjax.checkpoint.convert import check_free, write_plan
 from dsjax.checkpoint.families import tensors
-from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.checkpoint.safetensors import DTYPES, InParts
 from dsjax.checkpoint.source import Source
 from dsjax.errors import UserError
 from dsjax.model.layers import SCALE, variables
@@ -59,7 +59,7 @@ def save(model: Transformer, path: str | Path, format: str = DSJAX) -> None:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Held(InParts):
     """One tensor of the released files within an array of a model; see `source.Stored`."""
 
     array: jax.Array
@@ -75,15 +75,6 @@ class _Held:
     def dtype(self) -> str:
         """By the name that safetensors has for it."""
         return _NAMES[np.dtype(self.array.dtype)]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.array.dtype.itemsize
-
-    def read(self) -> np.ndarray:
-        """All of it."""
-        return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
 
     def read_flat(self, begin: int, end: int) -> np.ndarray:
         """Numbers `begin` to `end`, in the released file's order; only their rows leave the device.

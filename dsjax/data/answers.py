@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int32
 
 from dsjax.data.chat_template import ChatTemplate
 from dsjax.data.conversations import Conversation
-from dsjax.data.thinking import CLOSED, OPENED
+from dsjax.data.thinking import CLOSED, OPENED, begins_in_thought
 from dsjax.data.tokenizer import Tokenizer
 
 
@@ -85,7 +85,7 @@ def _answer(message: dict[str, str], prompt: str) -> list[str]:
     thought, content = message.get("reasoning_content"), message["content"]
     if thought is None and content.lstrip().startswith(OPENED) and CLOSED in content:
         thought, _, content = content.lstrip().removeprefix(OPENED).partition(CLOSED)
-    opened = prompt.rstrip().endswith(OPENED)
+    opened = begins_in_thought(prompt)
     if thought is None and not opened:
         return [content]
     thought, content = (thought or "").strip("\n"), content.lstrip("\n")

@@ -12,7 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsjax.training.loss import in_chunks
+from dsjax.training.loss import (
+    OfChunk,
+    scaled_gradients,
+    weighted_sum,
+    weighted_sum_and_gradients,
+)
 from sharding.by_hand import largest, summed
 from sharding.rules import constrain
 
@@ -41,14 +46,8 @@ def divergence(
         chunk: positions of a row handled at a time.
     """
 
-    def one_chunk(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        hidden, theirs, weights = part
-        kl, _ = _softened(hidden, head, theirs, teacher_head, temperature)
-        return total + (kl * weights).sum(), None
-
-    parts = in_chunks(chunk, hidden, teacher_hidden, weights)
-    total, _ = jax.lax.scan(one_chunk, jnp.zeros(()), parts)
-    return total * temperature**2
+    of_chunk = _softened(head, teacher_head, temperature)
+    return weighted_sum(of_chunk, chunk, weights, hidden, teacher_hidden)
 
 
 def _forward(
@@ -60,48 +59,30 @@ def _forward(
     temperature: float,
     chunk: int,
 ) -> tuple[Array, tuple[Array, Array]]:
-    def one_chunk(
-        carry: tuple[Array, Array], part: tuple[Array, Array, Array]
-    ) -> tuple[tuple[Array, Array], Array]:
-        total, d_head = carry
-        hidden, theirs, weights = part
-        kl, difference = _softened(hidden, head, theirs, teacher_head, temperature)
-        d_logits = (difference * weights[..., None] * temperature).astype(hidden.dtype)
-        d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, head)
-        d_head += jnp.einsum("bsd,bsv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
-        return (total + (kl * weights).sum(), d_head), d_hidden
-
-    start = jnp.zeros(()), jnp.zeros(head.shape[::-1], jnp.float32)
-    parts = in_chunks(chunk, hidden, teacher_hidden, weights)
-    (total, d_head), d_hidden = jax.lax.scan(one_chunk, start, parts)
-    d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    grads = d_hidden[:, : hidden.shape[1]], d_head.T.astype(head.dtype)
-    return total * temperature**2, grads
+    of_chunk = _softened(head, teacher_head, temperature)
+    return weighted_sum_and_gradients(of_chunk, chunk, weights, head, hidden, teacher_hidden)
 
 
 def _backward(
     temperature: float, chunk: int, saved: tuple[Array, Array], d: Array
 ) -> tuple[Array | None, ...]:
-    d_hidden, d_head = saved
-    # Every device that had a part of the vocabulary has this loss, and its share of its gradient.
-    d = summed(d, "vocab")
-    own = (d * d_hidden).astype(d_hidden.dtype), (d * d_head).astype(d_head.dtype)
-    return *own, None, None, None
+    return *scaled_gradients(saved, d), None, None, None
 
 
 divergence.defvjp(_forward, _backward)
 
 
-def _softened(
-    hidden: Array, head: Array, theirs: Array, teacher_head: Array, temperature: float
-) -> tuple[Array, Array]:
-    """KL(p || q) of each position, and q - p of each of this device's tokens; both float32."""
-    log_q, log_p = (
-        _log_softmax(hidden, head, temperature),
-        _log_softmax(theirs, teacher_head, temperature),
-    )
-    p = jnp.exp(log_p)
-    return summed((p * (log_p - log_q)).sum(-1), "vocab"), jnp.exp(log_q) - p
+def _softened(head: Array, teacher_head: Array, temperature: float) -> OfChunk:
+    """T^2 KL(p || q) of each position, and its gradient by the student's logits, T (q - p)."""
+
+    def of_chunk(hidden: Array, theirs: Array) -> tuple[Array, Array]:
+        log_q = _log_softmax(hidden, head, temperature)
+        log_p = _log_softmax(theirs, teacher_head, temperature)
+        p = jnp.exp(log_p)
+        kl = summed((p * (log_p - log_q)).sum(-1), "vocab")
+        return temperature**2 * kl, temperature * (jnp.exp(log_q) - p)
+
+    return of_chunk
 
 
 def _log_softmax(hidden: Array, head: Array, temperature: float) -> Array:

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from dsjax.data.packing import best_fit
+
 HostOrDevice = Any
 """numpy arrays where they are made, jax arrays in a step."""
 
@@ -51,20 +53,6 @@ class Rows(NamedTuple):
         return self.weights > 0
 
 
-def first_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which pieces share a row of `size` places: longest first, into the first row with room."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for piece in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, left in enumerate(room) if left >= lengths[piece]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(size)
-        rows[row].append(piece)
-        room[row] -= lengths[piece]
-    return rows
-
-
 def pack(
     written: Sequence[Written],
     advantages: Float[np.ndarray, "N"],
@@ -91,7 +79,7 @@ def pack(
     experts = None
     if replay and written[0].experts is not None:
         experts = np.full((*shape, *written[0].experts.shape[1:]), -1, np.int16)
-    rows = first_fit(lengths, sequence_length)
+    rows = best_fit(lengths, sequence_length)
     for row, pieces in enumerate(rows):
         begin = 0
         for segment, piece in enumerate(pieces, 1):

@@ -7,6 +7,7 @@ of the head too, so that the logits are computed once: three products, as for an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,44 +39,19 @@ def cross_entropy(
         chunk: positions of a row handled at a time.
     """
 
-    def one_chunk(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        hidden, targets, weights = part
-        nll, _, _ = _negative_log_likelihood(hidden, head, targets)
-        return total + (nll * weights).sum(), None
-
-    total, _ = jax.lax.scan(one_chunk, jnp.zeros(()), in_chunks(chunk, hidden, targets, weights))
-    return total
+    of_chunk = partial(_nll_and_gradient, head=head)
+    return weighted_sum(of_chunk, chunk, weights, hidden, targets)
 
 
 def _forward(
     hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
 ) -> tuple[Array, tuple[Array, Array]]:
-    def one_chunk(
-        carry: tuple[Array, Array], part: tuple[Array, Array, Array]
-    ) -> tuple[tuple[Array, Array], Array]:
-        total, d_head = carry
-        hidden, targets, weights = part
-        nll, logits, log_total = _negative_log_likelihood(hidden, head, targets)
-        hit = _hits(targets, head.shape[0])
-        d_logits = (jnp.exp(logits - log_total[..., None]) - hit) * weights[..., None]
-        d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, head)
-        # With the vocabulary last, the small operand is the one to be transposed.
-        d_head += jnp.einsum("bsd,bsv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
-        return (total + (nll * weights).sum(), d_head), d_hidden
-
-    start = jnp.zeros(()), jnp.zeros(head.shape[::-1], jnp.float32)
-    parts = in_chunks(chunk, hidden, targets, weights)
-    (total, d_head), d_hidden = jax.lax.scan(one_chunk, start, parts)
-    d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    return total, (d_hidden[:, : hidden.shape[1]], d_head.T.astype(head.dtype))
+    of_chunk = partial(_nll_and_gradient, head=head)
+    return weighted_sum_and_gradients(of_chunk, chunk, weights, head, hidden, targets)
 
 
 def _backward(chunk: int, saved: tuple[Array, Array], d: Array) -> tuple[Array, Array, None, None]:
-    d_hidden, d_head = saved
-    # Every device that had a part of the vocabulary has this loss, and its share of its gradient.
-    d = summed(d, "vocab")
-    return (d * d_hidden).astype(d_hidden.dtype), (d * d_head).astype(d_head.dtype), None, None
+    return *scaled_gradients(saved, d), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
@@ -93,6 +69,12 @@ def token_scores(
     _, scores = jax.lax.scan(one_chunk, None, in_chunks(chunk, hidden, targets))
     nll, best = (s.swapaxes(0, 1).reshape(hidden.shape[0], -1) for s in scores)
     return nll[:, : hidden.shape[1]], best[:, : hidden.shape[1]]
+
+
+def _nll_and_gradient(hidden: Array, targets: Array, *, head: Array) -> tuple[Array, Array]:
+    """-log p(target) of each position, and its gradient by this device's logits."""
+    nll, logits, log_total = _negative_log_likelihood(hidden, head, targets)
+    return nll, jnp.exp(logits - log_total[..., None]) - _hits(targets, head.shape[0])
 
 
 def _negative_log_likelihood(
@@ -127,6 +109,62 @@ def _likeliest(logits: Array) -> Array:
     # The smallest id is the largest of their negatives.
     smallest = jnp.iinfo(best.dtype).min
     return -largest(jnp.where(value == largest(value, "vocab"), -best, smallest), "vocab")
+
+
+OfChunk = Callable[..., tuple[Array, Array]]
+"""Of hidden states [B, C, D] and what else positions have: their losses [B, C], and the gradient of
+each by this device's logits [B, C, V]."""
+
+
+def weighted_sum(
+    of_chunk: OfChunk, chunk: int, weights: Float[Array, "B S"], *arrays: Array
+) -> Array:
+    """sum over positions of weight * loss. What has no gradient here is never made."""
+
+    def one_chunk(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+        weights, *of_positions = part
+        losses, _ = of_chunk(*of_positions)
+        return total + (losses * weights).sum(), None
+
+    total, _ = jax.lax.scan(one_chunk, jnp.zeros(()), in_chunks(chunk, weights, *arrays))
+    return total
+
+
+def weighted_sum_and_gradients(
+    of_chunk: OfChunk,
+    chunk: int,
+    weights: Float[Array, "B S"],
+    head: Float[Array, "V D"],
+    hidden: Float[Array, "B S D"],
+    *arrays: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    """The same, with its gradients by hidden states and head, from the same logits."""
+
+    def one_chunk(
+        carry: tuple[Array, Array], part: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array], Array]:
+        total, d_head = carry
+        weights, hidden, *others = part
+        losses, by_logits = of_chunk(hidden, *others)
+        d_logits = (by_logits * weights[..., None]).astype(hidden.dtype)
+        d_hidden = jnp.einsum("bsv,vd->bsd", d_logits, head)
+        # With the vocabulary last, the small operand is the one to be transposed.
+        d_head += jnp.einsum("bsd,bsv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
+        return (total + (losses * weights).sum(), d_head), d_hidden
+
+    start = jnp.zeros(()), jnp.zeros(head.shape[::-1], jnp.float32)
+    parts = in_chunks(chunk, weights, hidden, *arrays)
+    (total, d_head), d_hidden = jax.lax.scan(one_chunk, start, parts)
+    d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
+    return total, (d_hidden[:, : hidden.shape[1]], d_head.T.astype(head.dtype))
+
+
+def scaled_gradients(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    """The gradients of hidden states and head where the sum's own is `d`."""
+    d_hidden, d_head = saved
+    # Every device that had a part of the vocabulary has this loss, and its share of its gradient.
+    d = summed(d, "vocab")
+    return (d * d_hidden).astype(d_hidden.dtype), (d * d_head).astype(d_head.dtype)
 
 
 def in_chunks(chunk: int, *arrays: Array) -> Any:

@@ -19,6 +19,7 @@ from dsjax.model.layers import tree_shardings
 from dsjax.model.transformer import Transformer
 from dsjax.posttraining.tuned import Tuned
 from dsjax.training.step import TrainState, kept
+from tests.training.runs import as_overrides
 
 WORDS = ["def", "self", "return", "the", "user", "asks", "assistant", "answers", "x", "0", "1"]
 
@@ -66,8 +67,7 @@ def overrides(init: Path, chats: Path, run_dir: Path, /, **changes: Any) -> list
         "evaluation.every_steps": 4,
         "evaluation.batches": 1,
     }
-    settings |= {name.replace("__", "."): value for name, value in changes.items()}
-    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    return as_overrides(settings, changes)
 
 
 def config(init: Path, chats: Path, run_dir: Path, /, **changes: Any) -> SftConfig:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from tests.training.runs import as_overrides
 
 MODEL = {
     "vocab_size": 261,
@@ -40,5 +41,4 @@ def overrides(run_dir: Path, **changes: Any) -> list[str]:
         "evaluation.every_steps": 3,
         "evaluation.prompts": 8,
     }
-    settings |= {name.replace("__", "."): value for name, value in changes.items()}
-    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    return as_overrides(settings, changes)

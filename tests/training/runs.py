@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,13 @@ def overrides(corpus: Path, run_dir: Path, **changes: Any) -> list[str]:
         "evaluation.every_steps": 3,
         "evaluation.batches": 1,
     }
-    settings |= {name.replace("__", "."): value for name, value in changes.items()}
-    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    return as_overrides(settings, changes)
+
+
+def as_overrides(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    """Settings with changes, whose names use __ for the dot, as the command line takes them."""
+    changed = {**settings, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return [f"{name}={json.dumps(value)}" for name, value in changed.items()]
 
 
 def config(corpus: Path, run_dir: Path, **changes: Any) -> PretrainConfig:
