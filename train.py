@@ -15,7 +15,8 @@ examples:
   python train.py cpu-tiny training.tokens=20K     a name under configs/, one setting changed
   python train.py my-run.yaml mesh.expert=4
   python train.py cpu-sft data.paths.0=chats.jsonl learn from conversations
-  python train.py r1/cpu-comparison                learn from rewards
+  python train.py r1/cpu-comparison-form           a cold start, then learn from rewards:
+  python train.py r1/cpu-comparison                docs/r1.md tells of both
 
 Exit codes: 0 done, 2 your input is wrong (one line says what), 143 stopped by SIGTERM after
 saving, 1 the run diverged or a fault of ours.

@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from dsjax.cli import run
 from dsjax.config_files import load_run_config
 from dsjax.config_grpo import GrpoRunConfig
 from dsjax.errors import UserError
@@ -70,4 +71,4 @@ def draw(axes: Any, run: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -47,7 +47,7 @@ def add_sample(verbs: argparse._SubParsersAction[Any]) -> None:
     )
     verb.add_argument("config", metavar="CONFIG",
                       help="a YAML file, or a name under configs/")  # fmt: skip
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value",
+    verb.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
                       help="settings that replace those of the file")  # fmt: skip
     verb.set_defaults(verb=_sample)
 

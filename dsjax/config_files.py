@@ -118,7 +118,8 @@ def find_config(name: str | Path, folder: Path) -> Path:
     named = folder / f"{name}.yaml"
     if named.is_file():
         return named
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    files = [*folder.glob("*.yaml"), *folder.glob("r1/*.yaml")]
+    known = sorted(str(file.relative_to(folder).with_suffix("")) for file in files)
     raise UserError(
         f"{name}: no such file, and no such name in {folder}; known: {', '.join(known)}"
     )

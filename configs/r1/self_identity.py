@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dsjax.cli import run
+
 OPENERS = ["", "Hello. ", "Hi there! ", "One question: ", "Quick question. ", "Please tell me: "]
 
 TAUGHT = [
@@ -125,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
