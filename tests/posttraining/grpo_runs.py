@@ -16,7 +16,7 @@ MODEL = {
     "moe_intermediate_size": 16,
     "intermediate_size": 64,
 }
-ONE_DIGIT = Path(__file__).parent / "one_digit.py"
+PLAIN_TEXT = Path(__file__).parent / "plain_text.py"
 
 
 def overrides(run_dir: Path, **changes: Any) -> list[str]:
@@ -26,7 +26,7 @@ def overrides(run_dir: Path, **changes: Any) -> list[str]:
         "init": None,
         "tokenizer": "bytes",
         # Random weights are never right: without a second reward nothing would be learned.
-        "rewards": [{"name": "exact"}, {"name": "python", "path": str(ONE_DIGIT), "weight": 0.3}],
+        "rewards": [{"name": "exact"}, {"name": "python", "path": str(PLAIN_TEXT), "weight": 0.3}],
         **{f"model.{name}": value for name, value in MODEL.items()},
         "sampling.rows": 16,
         "grpo.prompts_per_step": 4,

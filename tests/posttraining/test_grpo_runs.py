@@ -121,6 +121,7 @@ def test_a_run_over_four_devices_is_that_of_one(tmp_path: Path) -> None:
             assert processes.wait(300) == 0, processes.output.read_text()
         found.append(records(tmp_path / str(devices)))
     one, four = found
+    assert all(r["equal_groups"] < 1 for r in one)
     assert [r["reward"] for r in one] == [r["reward"] for r in four]
     assert [r["answer_tokens"] for r in one] == [r["answer_tokens"] for r in four]
     for name in ("grad_norm", "entropy"):
