@@ -71,7 +71,8 @@ import ctypes, os
 libc = ctypes.CDLL(None)
 numbers = 57, 58, 56, 220  # fork, vfork, clone; clone of another architecture
 pids = [libc.syscall(number, 17, 0, 0, 0, 0) for number in numbers]
-if max(pids) > 0 or os.getpid() != 1: print(5)""",
+# A child of vfork lives in its parent's memory: what both print through one buffer comes out mixed.
+if max(pids) > 0 or os.getpid() != 1: os.write(1, b"5\\n"), os._exit(0)""",
     "the other numbering": """
 import ctypes
 if ctypes.CDLL(None).syscall(0x40000000 + 57) > 0: print(5)""",
