@@ -51,7 +51,7 @@ def load_on(path: str | Path, dtype: Any, layout: Layout | None) -> Transformer:
 def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> Transformer:
     """The newest sound weights of a run; its optimizer is left where it is."""
     config = load_run_config(folder / "config.yaml")
-    layout = layout or Layout(make_mesh(devices=jax.devices()[:1]))
+    layout = layout or Layout(make_mesh(devices=jax.local_devices()[:1]))
     abstract = jax.eval_shape(
         lambda key: Transformer(config.model, key, dtype=config.training.compute_dtype),
         jax.random.key(0),

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,12 +18,14 @@ from dsjax.inference.sampler_state import SamplerState, row_params
 from dsjax.inference.scheduler import Chunk, Plan, Sequence, row_counts
 from dsjax.inference.settings import PAGE_SIZE, READ_AT_ONCE, EngineSettings
 from dsjax.inference.step import StepInputs, StepOutputs, step_for
-from dsjax.model.decoder import make_pages, take_apart
+from dsjax.model.decoder import Pages, make_pages, take_apart
 from dsjax.model.transformer import Transformer
 from sharding.rules import DECODE_RULES, Layout, use_layout
 
 MARKED_AT_ONCE = 512
 """Tokens of a prompt that the sampler is told of at once."""
+
+T = TypeVar("T")
 
 _ANYTHING = SamplingParams(max_tokens=1)
 
@@ -53,13 +55,15 @@ class Runner:
         self._vocab_size = np.int32(vocab_size)
         self._experts = settings.experts
         self.take(model)
-        with self._device():
+
+        def empty() -> tuple[Pages, SamplerState]:
             pages = make_pages(
                 self.config, self.groups, self.pages, PAGE_SIZE, model.dtype, mtp=self.drafts > 0
             )
-            self._pages = self._spread(pages)
-            state = SamplerState.empty(self.groups * self.rows, self.config.vocab_size)
-            self._sampler = self._spread(state)
+            return pages, SamplerState.empty(self.groups * self.rows, self.config.vocab_size)
+
+        with self._device():
+            self._pages, self._sampler = self._spread(empty)
 
     def take(self, model: Transformer) -> None:
         """Copy a model's weights, as decoding reads them."""
@@ -159,17 +163,16 @@ class Runner:
         arrays: list[Any] = [rows, tokens, following, starts, counts, table, samples, first]
         return StepInputs(*arrays, *wanted)
 
-    def _spread(self, tree: Any) -> Any:
-        """Arrays over the mesh by their first dimension."""
+    def _spread(self, make: Callable[[], T]) -> T:
+        """What `make` makes, over the mesh by first dimensions; no device has all of it."""
         layout = self._layout
         if layout is None:
-            return tree
+            return make()
 
-        def put(array: jax.Array) -> jax.Array:
-            axes = ("batch",) + (None,) * (array.ndim - 1)
-            return jax.device_put(array, layout.sharding(axes, array.shape))
+        def sharding(array: jax.ShapeDtypeStruct) -> NamedSharding:
+            return layout.sharding(("batch", *(None,) * (len(array.shape) - 1)), array.shape)
 
-        return jax.tree.map(put, tree)
+        return jax.jit(make, out_shardings=jax.tree.map(sharding, jax.eval_shape(make)))()
 
     @contextlib.contextmanager
     def _device(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from dsjax.inference.sampler_state import SamplerState, record
 from dsjax.inference.sampling import adjusted, logprobs, sample
 from dsjax.kernels.paged_attention import Places, places_of
 from dsjax.model.decoder import Decoder, Pages
+from sharding.rules import constrain
 
 POSITIONS_AT_ONCE = 32
 """Positions of a prompt whose logits exist at the same time."""
@@ -137,7 +138,12 @@ def step(
     if samples == 1 and queries > 1:
         prompt = _prompt_logprobs(decoder, hidden, inputs, vocab_size)
     found = StepOutputs(tokens, valid, ahead, chances, drawn, prompt, experts)
-    return pages, sampler, found
+    return pages, sampler, jax.tree.map(_everywhere, found)
+
+
+def _everywhere(found: Array) -> Array:
+    """Of several processes, each plans the next step from all that this one has found."""
+    return constrain(found, *(None,) * found.ndim)
 
 
 def _draw(

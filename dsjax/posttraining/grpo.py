@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from dsjax.checkpoint.load import load
+from dsjax.checkpoint.load import load_on
 from dsjax.checkpoint.source import read_folder_config
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import write_config
@@ -42,12 +42,11 @@ from dsjax.posttraining.prompts import Questions, open_questions
 from dsjax.rewards.score import Scorer
 from dsjax.small_files import write_whole
 from dsjax.training.bucket_metrics import open_log, read_records
-from dsjax.training.host_memory import keep_freed_memory
 from dsjax.training.progress import say
-from dsjax.training.run import make_layout, rows_read_here
+from dsjax.training.run import make_layout, rows_read_here, together
 from dsjax.training.signals import catch_termination
 from dsjax.training.step import TrainState
-from sharding.distributed import is_alone, processes
+from sharding.distributed import agree, share
 from sharding.rules import Layout, use_layout
 
 BYTES = "bytes"
@@ -59,21 +58,19 @@ def grpo(config: GrpoRunConfig, console: Console) -> None:
     """Learn from rewards, or go on learning, until `training.max_steps` are taken.
 
     Leaves with exit code 128 + signal after saving when SIGTERM or SIGINT arrives, and with 1 when
-    `training.max_bad_steps` steps in a row are not finite.
+    `training.max_bad_steps` steps in a row are not finite, or when a process is lost. With several
+    processes all call this, as `pretrain`: they draw and train together, and each verifies its
+    share of the answers.
 
     Raises:
         UserError: the configuration, a question, a reward, the checkpoint or the run directory
-            cannot be used. Nothing has been written then.
+            cannot be used, by any of the processes. Nothing has been written then.
     """
-    with processes(config.distributed):
-        if not is_alone():
-            raise UserError("task=grpo runs in one process: decoding in several is not there yet")
+    with together(config, console) as console:
         _grpo(config, console)
 
 
 def _grpo(config: GrpoRunConfig, console: Console) -> None:
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     layout = make_layout(config)
     training = config.training
     rows_read_here(layout, training.microbatch_size, training.sequence_length)
@@ -84,12 +81,14 @@ def _grpo(config: GrpoRunConfig, console: Console) -> None:
     with ExitStack() as stack:
         scorer = stack.enter_context(Scorer(config.rewards))
         questions = _questions(config, scorer, language)
+        agree("the questions", {"digest": questions.digest})
+        agree("the tokenizer", {"digest": language.tokenizer.digest})
         store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
         stack.enter_context(closing(store))
-        stack.enter_context(use_layout(layout))
         termination = stack.enter_context(catch_termination())
-        state, reference, progress = _begin(config, layout, store, console)
-        _write_beginning(config, folder, language)
+        with use_layout(layout):
+            state, reference, progress = _begin(config, layout, store, console)
+        share("run directory", lambda: _write_beginning(config, folder, language))
         log = stack.enter_context(closing(open_log(folder, progress.step)))
         stop_tokens = read_stop_tokens(language.home, config.model.vocab_size)
         asked = (language, stop_tokens, questions, scorer)
@@ -98,7 +97,7 @@ def _grpo(config: GrpoRunConfig, console: Console) -> None:
         loop.run()
     if loop.exit_code is not None:
         sys.exit(loop.exit_code)
-    _finish(config, folder, console)
+    share("summary", lambda: _finish(config, folder, console))
 
 
 def _language(config: GrpoRunConfig) -> Language:
@@ -149,14 +148,14 @@ def _begin(
     if config.init is None:
         model = jax.jit(partial(_random, config), out_shardings=shardings["model"])()
     else:
-        model = _load(config, config.init, shardings["model"], layout)
+        model = _load(config, config.init, layout)
     own = TrainState(**{name: shardings[name] for name in TrainState._fields})
     begin = jax.jit(partial(init_policy, config), out_shardings=own, donate_argnums=0)
     state = begin(model)
     if config.grpo.kl_weight == 0:
         return state, None, Progress()
     if config.grpo.reference is not None:
-        return state, _load(config, config.grpo.reference, shardings["model"], layout), Progress()
+        return state, _load(config, config.grpo.reference, layout), Progress()
     # A copy: the step gives the policy's own memory away.
     return state, jax.tree.map(jnp.copy, state.model), Progress()
 
@@ -174,11 +173,11 @@ def _random(config: GrpoRunConfig) -> Transformer:
     return Transformer(config.model, key, dtype=dtype)
 
 
-def _load(config: GrpoRunConfig, path: str, shardings: Any, layout: Layout) -> Transformer:
+def _load(config: GrpoRunConfig, path: str, layout: Layout) -> Transformer:
     """A checkpoint's weights in float32, laid out as training has them."""
-    model = load(path, jnp.float32, layout.mesh)
+    model = load_on(path, jnp.float32, layout)
     model.dtype = jnp.dtype(config.training.compute_dtype)
-    return jax.device_put(model, shardings)
+    return model
 
 
 def _check_same_model(config: GrpoRunConfig, name: str, path: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import stages
 from rich.console import Console
 
 from dsjax.checkpoint.store import CheckpointStore
@@ -42,7 +43,8 @@ from dsjax.training.optimizer import learning_rate_at
 from dsjax.training.progress import Display
 from dsjax.training.signals import Termination
 from dsjax.training.step import TrainState, max_violation
-from sharding.rules import Layout
+from sharding.distributed import WORK_SECONDS, barrier, fetch
+from sharding.rules import Layout, use_layout
 
 ACTIVITIES = ("sampling", "scoring", "training")
 """What time is spent on."""
@@ -98,6 +100,7 @@ class GrpoLoop:
         self._bad_steps = BadSteps(training.max_bad_steps, self._display)
         asked = 0 if config.evaluation is None else config.evaluation.prompts
         self._held_out = self.questions.held_out(asked)
+        self._stop_asked = 0
 
     def run(self) -> None:
         """Rollout after rollout until all steps are taken, a signal arrives, or it has diverged."""
@@ -108,7 +111,8 @@ class GrpoLoop:
                 rollout = self._roll_out()
                 if rollout is None:
                     break
-                self._train_on(rollout)
+                with use_layout(self.layout):
+                    self._train_on(rollout)
                 self._evaluate_if_due()
                 if self._passed(self.config.checkpoint.every_steps):
                     self.save()
@@ -131,7 +135,7 @@ class GrpoLoop:
         return (
             self.progress.step >= self.config.training.max_steps
             or self.exit_code is not None
-            or self.termination.reached(self.progress.step)
+            or self._is_asked_to_stop()
         )
 
     def _passed(self, every: int) -> bool:
@@ -141,7 +145,13 @@ class GrpoLoop:
         return self.progress.step // every > (self.progress.step - taken) // every
 
     def _is_asked_to_stop(self) -> bool:
-        return self.termination.received is not None
+        """Whether all processes stop here: each asks in the same places, which are counted.
+
+        Of any two questions one is followed by a step of the engine or of training, in which all
+        processes meet.
+        """
+        self._stop_asked += 1
+        return self.termination.reached(self._stop_asked)
 
     # What is drawn -----------------------------------------------------------------------------
 
@@ -192,15 +202,26 @@ class GrpoLoop:
         parts = [rollout.part(n * size, (n + 1) * size) for n in range(grpo.steps_per_rollout)]
         packed = [self._pack(part) for part in parts]
         begin = time.monotonic()
+        self._compile(*packed[0])
         reference = [self._reference_of(*rows) for rows in packed]
         for epoch in range(grpo.inner_epochs):
             for part, (rows, count), known in zip(parts, packed, reference, strict=True):
                 knobs = self._knobs()
                 self.state, metrics = self._step(self.state, rows, known, count, knobs)
-                metrics = jax.device_get(metrics)
+                metrics = fetch(metrics)
                 self._seconds["training"] += time.monotonic() - begin
                 self._after(part, metrics, epoch, float(knobs.learning_rate))
                 begin = time.monotonic()
+
+    def _compile(self, rows: Rows, count: Any) -> None:
+        """Once; processes on CPUs give one another 30 s to join in a collective."""
+        if not isinstance(self._step, stages.Wrapped):
+            return
+        if self.reference is not None:
+            self._score = self._score.lower(self.reference, rows, count).compile()
+        arguments = self.state, rows, rows.old, count, self._knobs()
+        self._step = self._step.lower(*arguments).compile()
+        barrier("compiled", WORK_SECONDS)
 
     def _pack(self, part: Rollout) -> tuple[Rows, Any]:
         """Rows on the mesh, and how many microbatches of them there are."""
@@ -224,7 +245,8 @@ class GrpoLoop:
 
         def put(x: np.ndarray) -> jax.Array:
             axes = (None, "batch", *(None,) * (x.ndim - 2))
-            return jax.device_put(x, self.layout.sharding(axes, x.shape))
+            sharding = self.layout.sharding(axes, x.shape)
+            return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
         return jax.tree.map(put, rows), jnp.int32(count)
 

@@ -51,6 +51,14 @@ class Questions:
         self._fraction = config.held_out_fraction
         self._seed = seed
 
+    @property
+    def digest(self) -> str:
+        """Of all questions, hexadecimal."""
+        found = hashlib.blake2b(digest_size=16)
+        for record in self._looked_at():
+            found.update(json.dumps(record, sort_keys=True, default=str).encode())
+        return found.hexdigest()
+
     def training(self, begin: int, count: int) -> tuple[list[Mapping[str, Any]], int]:
         """So many questions from place `begin` of the endless order on, and the place after them.
 
@@ -102,14 +110,18 @@ class Questions:
         Raises:
             UserError: one cannot.
         """
-        alike = isinstance(self._records, Comparisons)
-        for number in range(1 if alike else len(self._records)):
-            tokens = len(self.encode(self._records[number], language))
+        for number, record in enumerate(self._looked_at(), 1):
+            tokens = len(self.encode(record, language))
             if tokens > longest:
                 raise UserError(
-                    f"prompt {number + 1} has {tokens} tokens, and training.sequence_length less "
+                    f"prompt {number} has {tokens} tokens, and training.sequence_length less "
                     f"sampling.max_tokens leaves {longest}; raise the first, or leave it out"
                 )
+
+    def _looked_at(self) -> Sequence[Mapping[str, Any]]:
+        """All questions, or one of those that are made up, which are all alike."""
+        alike = isinstance(self._records, Comparisons)
+        return [self._records[0]] if alike else self._records
 
     def _at(self, place: int) -> Mapping[str, Any]:
         return self._records[self._number(place)]

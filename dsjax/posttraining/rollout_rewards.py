@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -16,6 +17,7 @@ from dsjax.posttraining.advantages import group_advantages, is_equal
 from dsjax.posttraining.rows import Written
 from dsjax.rewards.answer import Answer
 from dsjax.rewards.score import Score, Scorer
+from sharding.distributed import WORK_SECONDS, gather
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,17 @@ def score_groups(
     language: Language,
     scorer: Scorer,
 ) -> list[list[Score]]:
-    """The scores of all answers, group by group."""
+    """The scores of all answers, group by group; every process verifies its share of them."""
     answers = [
         Answer(prompt, language.decode(one.tokens), len(one.tokens), one.truncated, record)
         for group, record in zip(written, records, strict=True)
         for prompt in [language.tokenizer.decode(group[0].prompt)]
         for one in group
     ]
-    flat = iter(scorer.score(answers))
+    count = jax.process_count()
+    mine = scorer.score(answers[jax.process_index() :: count])
+    parts = gather("scores", [dataclasses.asdict(score) for score in mine], WORK_SECONDS)
+    flat = (Score(**parts[number % count][number // count]) for number in range(len(answers)))
     return [[next(flat) for _ in group] for group in written]
 
 

@@ -28,6 +28,7 @@ from dsjax.training.metrics import read_metrics
 from dsjax.training.run import make_layout
 from tests.forked import Forks, forks
 from tests.posttraining.grpo_runs import overrides
+from tests.sharding.many import ROOT, ends, start_all
 from tests.training.runs import ENVIRONMENT
 
 CONFIG = "r1/cpu-comparison"
@@ -109,25 +110,42 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(
 
 
 @pytest.mark.slow
-def test_a_run_over_four_devices_is_that_of_one(tmp_path: Path) -> None:
-    """Sampling and training on one mesh: the same answers, and gradients but for rounding."""
-    changes: dict[str, Any] = {"training__max_steps": 3, "evaluation": None}
-    found = []
-    for devices, mesh in ((1, {}), (4, {"mesh__fsdp": 2, "mesh__expert": 2})):
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-        settings = overrides(tmp_path / str(devices), **changes, **mesh)
-        with forks(tmp_path / "output.txt", ENVIRONMENT | {"XLA_FLAGS": flags}) as processes:
-            processes.start("train", CONFIG, *settings)
-            assert processes.wait(300) == 0, processes.output.read_text()
-        found.append(records(tmp_path / str(devices)))
-    one, four = found
-    assert all(r["equal_groups"] < 1 for r in one)
-    assert [r["reward"] for r in one] == [r["reward"] for r in four]
-    assert [r["answer_tokens"] for r in one] == [r["answer_tokens"] for r in four]
+def test_a_run_stopped_in_two_processes_and_ended_in_one_is_that_of_one_device(
+    tmp_path: Path,
+) -> None:
+    """The same answers, and gradients but for rounding; rewards verified by both processes."""
+    one, many, changes = tmp_path / "one", tmp_path / "many", {"evaluation": None}
+    over_four = changes | {"mesh__fsdp": 2, "mesh__expert": 2}
+    run_here(tmp_path, overrides(one, **changes), devices=1)
+
+    arguments = [str(ROOT / "train.py"), CONFIG, *overrides(many, **over_four)]
+    processes = start_all(2, arguments, devices=2)
+    deadline = time.monotonic() + 300
+    while not (many / "checkpoints/00000002").exists() and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in processes), ends(processes, 60)
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    stopped = ends(processes, 120)
+    assert [end.code for end in stopped] == [143, 143], stopped
+    assert 2 <= len(records(many)) < 6
+    run_here(tmp_path, overrides(many, **over_four), devices=4)
+
+    alone, together = records(one), records(many)
+    assert all(r["equal_groups"] < 1 for r in alone)
+    for name in ("step", "reward", "reward_python", "answer_tokens"):
+        assert [r[name] for r in alone] == [r[name] for r in together]
     for name in ("grad_norm", "entropy"):
         np.testing.assert_allclose(
-            [r[name] for r in four], [r[name] for r in one], rtol=1e-3, atol=1e-6
+            [r[name] for r in together], [r[name] for r in alone], rtol=1e-3, atol=1e-6
         )
+
+
+def run_here(folder: Path, settings: list[str], devices: int) -> None:
+    """A whole run in one process with so many devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    with forks(folder / "output.txt", ENVIRONMENT | {"XLA_FLAGS": flags}) as processes:
+        processes.start("train", CONFIG, *settings)
+        assert processes.wait(300) == 0, processes.output.read_text()
 
 
 def wait_for_steps(processes: Forks, run_dir: Path, steps: int) -> None:
