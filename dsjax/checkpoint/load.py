@@ -66,5 +66,5 @@ def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> Transformer:
         model.dtype = jnp.dtype(dtype)
         for _, variable in variables(model):
             if not isinstance(variable, RouterBias):
-                variable[...] = variable[...].astype(dtype)
+                variable.set_value(variable[...].astype(dtype))
     return model

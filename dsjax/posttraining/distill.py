@@ -20,7 +20,7 @@ from rich.console import Console
 from dsjax.checkpoint.load import load_on
 from dsjax.checkpoint.source import model_of
 from dsjax.config_sft import DistillConfig, TeacherConfig
-from dsjax.data.language import read_language
+from dsjax.data.language import check_vocabulary, read_language
 from dsjax.errors import UserError
 from dsjax.model.layers import tree_shardings
 from dsjax.model.transformer import Transformer
@@ -39,29 +39,29 @@ def distill(config: DistillConfig, console: Console) -> None:
         UserError: as `sft`; or the teacher is none, or spells text otherwise than the student.
     """
     with together(config, console) as console:
-        check_teacher(config)
+        known = check_teacher(config)
         run = prepare(config, console)
         train(
             dataclasses.replace(
                 run,
-                make_step=partial(make_distill_step, config.teacher),
+                make_step=partial(make_distill_step, config.teacher, known),
                 beside=lambda: (_teacher(config, run.layout),),
             ),
             console,
         )
 
 
-def check_teacher(config: DistillConfig) -> None:
-    """Student and teacher must have one vocabulary, and rows a length that both take."""
+def check_teacher(config: DistillConfig) -> int:
+    """How many ids student and teacher have; their models may be padded to other sizes.
+
+    Raises:
+        UserError: they have not one tokenizer, or the rows are too long for the teacher.
+    """
     where = config.teacher.checkpoint
     theirs, length = model_of(where), config.data.sequence_length
-    if theirs.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"teacher.checkpoint={where}: its vocab_size is {theirs.vocab_size}, the student's "
-            f"{config.model.vocab_size}; choose a teacher of the same vocabulary, or let it write "
-            "answers, and learn from them by task: sft"
-        )
-    if read_language(where).tokenizer.digest != read_language(config.init).tokenizer.digest:
+    tokenizer = read_language(where).tokenizer
+    check_vocabulary(tokenizer, theirs.vocab_size, where)
+    if tokenizer.digest != read_language(config.init).tokenizer.digest:
         raise UserError(
             f"teacher.checkpoint={where}: its tokenizer is not that of {config.init}; choose a "
             "teacher of the same tokenizer, or let it write answers, and learn from them by "
@@ -72,20 +72,27 @@ def check_teacher(config: DistillConfig) -> None:
             f"data.sequence_length={length} is beyond the max_position_embeddings="
             f"{theirs.max_position_embeddings} of {where}; choose a shorter one"
         )
+    return tokenizer.vocab_size
 
 
 def _teacher(config: DistillConfig, layout: Layout) -> Transformer:
     """Its weights on the mesh, in the dtype that is computed in."""
     dtype = jnp.dtype(config.training.compute_dtype)
     model = load_on(config.teacher.checkpoint, dtype, layout)
+    # As many rows as the student's, so that devices which share a vocabulary have the same ids.
+    size = config.model.vocab_size
+    for layer in (model.embed, *([] if model.head is None else [model.head])):
+        weight = layer.weight[...][:size]
+        layer.weight.set_value(jnp.pad(weight, ((0, size - len(weight)), (0, 0))))
     return jax.device_put(model, tree_shardings(model, layout))
 
 
 def make_distill_step(
-    teacher: TeacherConfig, config: Any
+    teacher: TeacherConfig, known: int, config: Any
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """As `make_train_step`; the step takes the teacher's model as its last argument."""
-    loss = partial(distill_loss, temperature=teacher.temperature, share=teacher.weight)
+    how = {"known": known, "temperature": teacher.temperature, "share": teacher.weight}
+    loss = partial(distill_loss, **how)
     return make_train_step(config, loss)
 
 
@@ -99,6 +106,7 @@ def distill_loss(
     trained: Array | None,
     teacher: Transformer,
     *,
+    known: int,
     temperature: float,
     share: float,
     **settings: Any,
@@ -112,7 +120,7 @@ def distill_loss(
 
     def main(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> Array:
         theirs = out.hidden, teacher_head
-        far: Array = divergence(hidden, head, *theirs, weights, temperature, chunk)
+        far: Array = divergence(hidden, head, *theirs, weights, known, temperature, chunk)
         if share == 1:
             return far
         own: Array = cross_entropy(hidden, head, targets, weights, chunk)

@@ -50,11 +50,15 @@ def test_a_run_becomes_a_released_folder(run: Path, tmp_path: Path, through: str
     assert read_config(tmp_path / "hf") == CONFIG
 
 
-def test_converted_weights_of_a_run_load_as_the_run_does(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_converted_weights_of_a_run_load_as_the_run_does(
+    run: Path, tmp_path: Path, dtype: str | None
+) -> None:
     convert(run, tmp_path / "ours", to="dsjax")
-    ours, theirs = dsjax.load(tmp_path / "ours"), dsjax.load(run)
+    ours, theirs = dsjax.load(tmp_path / "ours", dtype), dsjax.load(run, dtype)
     for (path, one), (_, other) in zip(variables(ours), variables(theirs), strict=True):
-        assert np.array_equal(one[...], other[...]), path
+        assert one.dtype == other.dtype and np.array_equal(one[...], other[...]), path
+    assert theirs.embed.weight.dtype == theirs.dtype == (dtype or "float32")
     assert report(str(tmp_path / "ours"))["parameters"] == report(str(run))["parameters"]
 
 
