@@ -45,7 +45,7 @@ class Account:
         waited: the core stands still for work that runs beside it.
         hidden: work that runs beside the core while it works.
         sent: bytes that pass a device's links.
-        each: seconds of the core by instruction, waiting included.
+        each: seconds of the core by kind and instruction, waiting included.
         unknown: loops whose trips only the run decides, counted as one, and kernels whose
             operations nothing tells, counted by their bytes.
     """
@@ -55,7 +55,7 @@ class Account:
     waited: Amounts = field(default_factory=_nothing)
     hidden: Amounts = field(default_factory=_nothing)
     sent: Amounts = field(default_factory=_nothing)
-    each: Amounts = field(default_factory=_nothing)
+    each: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     unknown: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Account, times: int = 1) -> None:
@@ -71,7 +71,9 @@ class Account:
         self.seconds += cost.seconds
         self.core[cost.kind] += cost.seconds
         self.sent[cost.kind] += cost.sent
-        self.each[name] += cost.seconds
+        self.each[cost.kind, name] += cost.seconds
+        if not cost.counted:
+            self.unknown[f"kernel {name}"] += 1
 
 
 class Beside:
@@ -96,7 +98,7 @@ class Beside:
         self.total.waited[cost.kind] += waited
         self.total.hidden[cost.kind] += cost.seconds - min(waited, cost.seconds)
         self.total.sent[cost.kind] += cost.sent
-        self.total.each[name] += waited
+        self.total.each[cost.kind, name] += waited
 
 
 def account(program: Program, chips: Slice) -> Account:

@@ -69,12 +69,18 @@ HOST_MEMORY = "S(5)"
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds for which an instruction keeps one part of a device busy, and bytes over links."""
+    """Seconds for which an instruction keeps one part of a device busy.
+
+    Attributes:
+        sent: bytes over links.
+        counted: whether all of its work is in it; False for a kernel that tells only its bytes.
+    """
 
     kind: str
     engine: str
     seconds: float
     sent: float = 0.0
+    counted: bool = True
 
 
 class Costs:
@@ -129,7 +135,9 @@ class Costs:
     def _kernel(self, call: Instruction, shapes: list[str]) -> Cost:
         work = kernels.work(call, shapes, self.chip)
         rate = self.chip.flops["bf16"] / self.chip.devices * KERNEL_EFFICIENCY
-        return Cost(work.kind, CORE, max(work.flops / rate, self._by_memory(work.nbytes)))
+        counted = work.flops > 0 or all(dtype[0] in "su" for dtype, _ in arrays(call.shape))
+        seconds = max(work.flops / rate, self._by_memory(work.nbytes))
+        return Cost(work.kind, CORE, seconds, counted=counted)
 
     def _exchange(self, found: Instruction, whole: Instruction) -> Cost:
         opcode = found.opcode.removesuffix("-start")

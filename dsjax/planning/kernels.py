@@ -5,8 +5,8 @@ a round number of operations and no bytes, as a hint to the scheduler. Two kinds
 their shapes whatever they say, because what they compute is more than what is useful:
 
 - A grouped matmul reads rows in tiles, and a tile once for each group that has rows in it. Its grid
-  is among its operands: `visits` numbers, beside offsets of `groups + 1`. Groups of any size cause
-  `groups - 1` visits more than there are tiles.
+  is among its operands: offsets of `groups + 1`, and twice as many numbers as there are visits, the
+  group and the tile of each. Groups of any size cause `groups - 1` visits more than tiles.
 - Attention computes whole blocks of scores, those on and below the diagonal; their size is in the
   kernel's metadata. Heads narrower than the matrix unit leave the rest of it idle.
 """
@@ -60,15 +60,14 @@ def _grouped(inputs: list[Array], results: list[Array]) -> float:
     [rows, k] x [groups, k, n] -> [rows, n], or [rows, k] x [rows, n] -> [groups, k, n].
     """
     counts = [sizes[0] for dtype, sizes in inputs if dtype == "s32" and len(sizes) == 1]
-    rows = [sizes for dtype, sizes in inputs if dtype != "s32" and len(sizes) == 2]
+    rows = [sizes[0] for dtype, sizes in inputs if dtype != "s32" and len(sizes) == 2]
     stacks = [sizes for _, sizes in inputs + results if len(sizes) == 3]
-    if len(counts) < 3 or counts[1] != counts[2] or not rows or not stacks:
+    if not rows or not stacks or stacks[0][0] + 1 not in counts:
         return 0
-    groups, visits = counts[0] - 1, counts[1]
+    groups, *matrix = stacks[0]
+    visits = max((count for count in counts if counts.count(count) > 1), default=0)
     tiles = visits - (groups - 1)
-    if tiles < 1 or stacks[0][0] != groups:
-        return 0
-    return 2 * rows[0][0] * math.prod(stacks[0][1:]) * visits / tiles
+    return 2 * rows[0] * math.prod(matrix) * visits / tiles if tiles > 0 else 0
 
 
 def _attention(call: Instruction, inputs: list[Array], results: list[Array], chip: Chip) -> float:
