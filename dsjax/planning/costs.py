@@ -103,7 +103,9 @@ class Costs:
         estimate = self._by_cycles(instruction)
         if kind == MATMUL and estimate is not None:
             return Cost(kind, CORE, estimate)
-        seconds = self._by_memory(hbm_bytes(instruction.shape) + sum(map(hbm_bytes, shapes)))
+        # The shape of a copy that is started names what it reads beside what it writes.
+        read = [] if instruction.opcode == "copy-start" else shapes
+        seconds = self._by_memory(hbm_bytes(instruction.shape) + sum(map(hbm_bytes, read)))
         return Cost(kind, CORE, seconds if estimate is None else min(seconds, estimate))
 
     def _kind(self, instruction: Instruction) -> str:

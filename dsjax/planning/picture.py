@@ -28,17 +28,19 @@ def draw_plan(plan: Plan, path: Path, title: str) -> None:
         ax.axis("off")
     else:
         kinds = occurring(plan.account)
+        scale, unit = (1, "seconds") if plan.account.seconds >= 1 else (1000, "milliseconds")
         left = [0.0] * len(kinds)
         for part, label, color in (
             (plan.account.core, "the core's own", ACCENT),
             (plan.account.waited, "waited for", SECOND),
             (plan.account.hidden, "hidden behind it", QUIET),
         ):
-            seconds = [part[kind] for kind in kinds]
-            ax.barh(kinds, seconds, left=left, color=color, label=label, height=0.6)
-            left = [begin + length for begin, length in zip(left, seconds, strict=True)]
+            lengths = [scale * part[kind] for kind in kinds]
+            ax.barh(kinds, lengths, left=left, color=color, label=label, height=0.6)
+            left = [begin + length for begin, length in zip(left, lengths, strict=True)]
         ax.invert_yaxis()
-        ax.set_xlabel(f"seconds, of a step of {plan.account.seconds:.3g} s; {plan.mfu:.1%} of peak")
+        step = scale * plan.account.seconds
+        ax.set_xlabel(f"{unit}, of a step of {step:.3g}; {plan.mfu:.1%} of peak")
         ax.legend(frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     drawn = io.BytesIO()

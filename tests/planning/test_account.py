@@ -181,6 +181,16 @@ def test_a_slice_that_is_brought_from_the_host_costs_what_it_moves():
     assert account_of("\n".join(lines)).waited[HOST] == pytest.approx(2 * 2**20 / V5P.host)
 
 
+def test_a_copy_to_the_cores_own_memory_only_reads():
+    lines = [
+        "  %b = f32[1024,1024]{1,0} parameter(0)",
+        "  %s = (f32[1024,1024]{1,0:S(1)}, f32[1024,1024]{1,0}, u32[]{:S(2)}) copy-start(%b)",
+        "  %d = f32[1024,1024]{1,0:S(1)} copy-done(%s)",
+    ]
+    found = account_of("\n".join(lines))
+    assert found.waited[COPIES] == pytest.approx(4 * 2**20 / (V5P.hbm * 0.8))
+
+
 def test_a_kernel_takes_the_longer_of_its_operations_and_its_bytes():
     line = (
         '  %k = f32[8]{{0}} custom-call(), custom_call_target="tpu_custom_call", '
