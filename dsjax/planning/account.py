@@ -46,8 +46,8 @@ class Account:
         hidden: work that runs beside the core while it works.
         sent: bytes that pass a device's links.
         each: seconds of the core by kind and instruction, waiting included.
-        unknown: loops whose trips only the run decides, counted as one, and kernels whose
-            operations nothing tells, counted by their bytes.
+        unknown: loops whose trips only the run decides, counted as one, and matrix work whose
+            operations nothing tells, counted by its bytes; how often each of them is run.
     """
 
     seconds: float = 0.0
@@ -73,7 +73,7 @@ class Account:
         self.sent[cost.kind] += cost.sent
         self.each[cost.kind, name] += cost.seconds
         if not cost.counted:
-            self.unknown[f"kernel {name}"] += 1
+            self.unknown[f"work {name}"] += 1
 
 
 class Beside:

@@ -73,7 +73,7 @@ class Cost:
 
     Attributes:
         sent: bytes over links.
-        counted: whether all of its work is in it; False for a kernel that tells only its bytes.
+        counted: False for matrix work of which only the bytes are known.
     """
 
     kind: str
@@ -106,7 +106,8 @@ class Costs:
         # The shape of a copy that is started names what it reads beside what it writes.
         read = [] if instruction.opcode == "copy-start" else shapes
         seconds = self._by_memory(hbm_bytes(instruction.shape) + sum(map(hbm_bytes, read)))
-        return Cost(kind, CORE, seconds if estimate is None else min(seconds, estimate))
+        least = seconds if estimate is None else min(seconds, estimate)
+        return Cost(kind, CORE, least, counted=kind != MATMUL)
 
     def _kind(self, instruction: Instruction) -> str:
         inner = (instruction, *self.program.inside(instruction))
@@ -136,7 +137,7 @@ class Costs:
 
     def _kernel(self, call: Instruction, shapes: list[str]) -> Cost:
         work = kernels.work(call, shapes, self.chip)
-        rate = self.chip.flops["bf16"] / self.chip.devices * KERNEL_EFFICIENCY
+        rate = self.chip.flops[work.numbers] / self.chip.devices * KERNEL_EFFICIENCY
         counted = work.flops > 0 or all(dtype[0] in "su" for dtype, _ in arrays(call.shape))
         seconds = max(work.flops / rate, self._by_memory(work.nbytes))
         return Cost(work.kind, CORE, seconds, counted=counted)

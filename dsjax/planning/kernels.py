@@ -25,11 +25,17 @@ GROUPED, ATTENTION, OTHER = "grouped matmul", "attention", "other kernels"
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of the matrix units, and bytes to and from HBM, of one call."""
+    """Operations of the matrix units, and bytes to and from HBM, of one call.
+
+    Attributes:
+        numbers: what is multiplied, of `Chip.flops`: fp8 or int8 where the chip has a faster unit
+            for it and both factors are of it.
+    """
 
     kind: str
     flops: float
     nbytes: float
+    numbers: str = "bf16"
 
 
 def is_kernel(instruction: Instruction) -> bool:
@@ -46,12 +52,23 @@ def work(call: Instruction, shapes: list[str], chip: Chip) -> Work:
     results = arrays(call.shape)
     flops, moved = (float(call.value(key) or 0) for key in ("flops", "bytes_accessed"))
     least = hbm_bytes(call.shape) + sum(map(hbm_bytes, shapes))
+    numbers = _numbers(inputs, chip)
     if grouped := _grouped(inputs, results):
-        return Work(GROUPED, grouped, max(moved, least))
+        return Work(GROUPED, grouped, max(moved, least), numbers)
     kind = ATTENTION if re.search("attention|mha|mqa", call.name + call.attributes) else OTHER
     if moved:
-        return Work(kind, flops, moved)
-    return Work(kind, _attention(call, inputs, results, chip) if kind == ATTENTION else 0, least)
+        return Work(kind, flops, moved, numbers)
+    counted = _attention(call, inputs, results, chip) if kind == ATTENTION else 0
+    return Work(kind, counted, least, numbers)
+
+
+def _numbers(inputs: list[Array], chip: Chip) -> str:
+    """What the two largest inputs, taken for the factors, are made of."""
+    largest = sorted(inputs, key=lambda array: math.prod(array[1]))[-2:]
+    short = {"fp8" if dtype.startswith("f8") else "int8" if dtype == "s8" else "bf16"
+             for dtype, _ in largest}  # fmt: skip
+    found = short.pop() if len(short) == 1 else "bf16"
+    return found if found in chip.flops else "bf16"
 
 
 def _grouped(inputs: list[Array], results: list[Array]) -> float:

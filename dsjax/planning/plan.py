@@ -155,7 +155,10 @@ def doubts(program: Program, counted: Account) -> list[str]:
         lines.append(f"{len(added)} exchanges that nobody asked for, such as {added[0]}")
     for kind, how in (
         ("loop", "loops, whose length only the run decides, are counted as one pass"),
-        ("kernel", "kernels, which do not tell their operations, are counted by their bytes"),
+        (
+            "work",
+            "kernels or matmuls, which do not tell their operations, are counted by their bytes",
+        ),
     ):
         unknown = [name for name in counted.unknown if name.startswith(kind)]
         if unknown:

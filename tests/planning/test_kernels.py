@@ -74,3 +74,13 @@ def test_a_cost_estimate_is_believed_only_with_bytes():
     assert call("own", "f32[4]{0}", ["f32[4]{0}"], said % 0) == Work(OTHER, 0, 32)
     hint = call("flash_attention", "bf16[2,16,1024,128]", QKV, said % 0)
     assert hint.flops == 2 * SCORES * (256 + 128) / 2
+
+
+def test_short_numbers_count_as_such_where_a_chip_multiplies_them():
+    kernel = program(
+        '  %k = bf16[8,8] custom-call(), custom_call_target="tpu_custom_call"'
+    ).computations["main"]["k"]
+    both, one = ["f8e4m3fn[8,8]", "f8e4m3fn[8,8]"], ["f8e4m3fn[8,8]", "bf16[8,8]"]
+    assert work(kernel, both, TPU7X).numbers == "fp8"
+    assert work(kernel, one, TPU7X).numbers == work(kernel, both, V5P).numbers == "bf16"
+    assert work(kernel, ["s8[8,8]", "s8[8,8]"], V5P).numbers == "int8"
