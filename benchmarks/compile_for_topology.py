@@ -38,30 +38,21 @@ def main() -> None:
 
 def compile_step(config: Any, topology: str) -> dict[str, Any]:
     """Lower and compile the step of `config`; bytes are those of one device."""
-    from dsjax.planning.compile import (
-        abstract_state,
-        compile_now,
-        described_devices,
-        lower_step,
-        versions,
-    )
-    from dsjax.planning.memory import state_bytes
-    from dsjax.training.run import make_layout
+    from dsjax.planning.compile import compile_now, described_devices, versions
+    from dsjax.planning.train import train_job
 
-    layout = make_layout(config, described_devices(topology))
-    state = abstract_state(config, layout)
-    held = state_bytes(state)
     begin = time.monotonic()
-    lowered = lower_step(config, layout, state)
+    job = train_job(config, described_devices(topology))
     traced = time.monotonic()
-    compiled = compile_now(lowered)
+    compiled = compile_now(job.lowered)
+    sizes = job.layout.mesh.shape
     tokens = config.training.microbatch_size * config.data.sequence_length
     return {
         "topology": topology,
-        "mesh": {axis: size for axis, size in layout.mesh.shape.items() if size > 1},
+        "mesh": {axis: size for axis, size in sizes.items() if size > 1},
         "layers": config.model.num_hidden_layers,
-        "tokens_per_device": tokens // layout.mesh.size,
-        "state_gb": (held["weights"] + held["moments"]) / 1e9,
+        "tokens_per_device": tokens // job.layout.mesh.size,
+        "state_gb": sum(job.lasting.values()) / 1e9,
         "peak_gb": compiled.hbm / 1e9,
         "fits": not compiled.refusal,
         "trace_seconds": traced - begin,

@@ -1,4 +1,4 @@
-"""A train step compiled for chips that are not there, by the compiler that would be used there.
+"""A step compiled for chips that are not there, by the compiler that would be used there.
 
 The compiler of `jax[tpu]` needs no TPU. Which version of it reads a program matters: it is part of
 what a plan says, and of the name under which its result is kept.
@@ -13,22 +13,15 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
-from dsjax.checkpoint.store import abstract_on
-from dsjax.config import PretrainConfig
 from dsjax.errors import UserError, one_line
-from dsjax.model.layers import tree_shardings
 from dsjax.small_files import write_whole
-from dsjax.training.step import Batch, Knobs, TrainState, init_state, make_train_step
-from sharding.rules import Layout, use_layout
 
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 """Variables that change what the compiler does."""
@@ -80,47 +73,6 @@ def described_devices(topology: str) -> list[Any]:
         return list(described.devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology {topology}: the compiler refuses it: {error}") from None
-
-
-def abstract_state(config: PretrainConfig, layout: Layout) -> TrainState:
-    """The state of a run as shapes, dtypes and places; nothing is made."""
-    abstract = jax.eval_shape(partial(init_state, config))
-    return abstract_on(abstract, tree_shardings(abstract, layout))
-
-
-def lower_step(config: PretrainConfig, layout: Layout, state: TrainState) -> jax.stages.Lowered:
-    """The train step of the largest batch that a run has; its microbatches are all full.
-
-    A run passes their number as an argument, so that a batch can grow; here it is a constant, and
-    the loop over them says how long it is.
-
-    Raises:
-        UserError: a microbatch does not divide over the mesh.
-    """
-    slots, rows = microbatches(config)
-    shape = slots, rows, config.data.sequence_length
-    try:
-        spread = layout.sharding((None, "batch", None), shape)
-    except UserError as error:
-        raise UserError(f"training.microbatch_size={rows}: {error}") from None
-    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spread)
-    number: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.sharding((), ()))
-    step = make_train_step(config)
-
-    def full(state: TrainState, batch: Batch, knobs: Knobs) -> Any:
-        return step(state, batch, jnp.int32(slots), knobs)
-
-    with use_layout(layout):
-        return jax.jit(full, donate_argnums=0).lower(
-            state, Batch(tokens, tokens), Knobs(number, number, number)
-        )
-
-
-def microbatches(config: PretrainConfig) -> tuple[int, int]:
-    """How many microbatches the largest batch of a run has, and the rows of each."""
-    training = config.training
-    largest = int(max(stage.value for stage in training.batch_size))
-    return largest // training.microbatch_size, training.microbatch_size
 
 
 def compile_once(lowered: jax.stages.Lowered, folder: Path) -> Compiled:

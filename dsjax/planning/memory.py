@@ -1,4 +1,4 @@
-"""What a device holds of a run's state, by kind, before anything is compiled."""
+"""What a device holds of arrays that are only described, by their shapes and places."""
 
 from __future__ import annotations
 
@@ -13,37 +13,33 @@ from dsjax.training.step import TrainState
 
 
 def state_bytes(state: TrainState) -> dict[str, float]:
-    """Bytes on each device, of a state whose arrays know their places: weights and moments.
+    """Bytes on each device of a training state: weights, moments, and gradients to be.
 
     Gradients are as large as the weights that they are of, in float32; they come and go with every
     step, and are part of what the compiler calls temporary.
     """
     _, trained, _ = nnx.split(state.model, nnx.Param, ...)
     return {
-        "weights": _held(state.model),
-        "moments": _held(state.moments),
-        "gradients": sum(4 * math.prod(shape) for shape, _ in _parts(trained)),
+        "weights": held_bytes(state.model),
+        "moments": held_bytes(state.moments),
+        "gradients": sum(4 * _held(leaf) for leaf in jax.tree.leaves(trained)),
     }
 
 
-def replicated(state: TrainState, least: float) -> list[tuple[str, float]]:
-    """Weights of at least so many bytes that every device holds whole: name and bytes."""
-    found = []
-    for name, variable in variables(state.model):
-        [array] = jax.tree.leaves(variable)
-        size = math.prod(array.shape) * array.dtype.itemsize
-        if size >= least and array.sharding.is_fully_replicated:
-            found.append((name, size))
-    return found
+def held_bytes(tree: Any) -> float:
+    """Bytes on each device of arrays that know their places."""
+    return sum(_held(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _held(tree: Any) -> float:
-    return sum(math.prod(shape) * itemsize for shape, itemsize in _parts(tree))
-
-
-def _parts(tree: Any) -> list[tuple[tuple[int, ...], int]]:
-    """Shape on one device, and bytes of a number, of every array."""
+def replicated(model: Any) -> list[tuple[str, float]]:
+    """Weights that every device holds whole: name and bytes."""
     return [
-        (leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize)
-        for leaf in jax.tree.leaves(tree)
+        (name, leaf.size * leaf.dtype.itemsize)
+        for name, variable in variables(model)
+        for leaf in jax.tree.leaves(variable)
+        if leaf.sharding.is_fully_replicated
     ]
+
+
+def _held(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))

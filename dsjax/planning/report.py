@@ -35,12 +35,11 @@ def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
         },
         "memory": {kind: round(size) for kind, size in plan.memory.items()},
         "account": plan.account and account_json(plan.account),
-        "run": {
-            "tokens": plan.run_tokens,
-            "tokens_per_step": plan.tokens,
-            "chip_hours": hours,
-            "dollars": hours and price and hours * price,
-        },
+        "tokens_per_step": plan.tokens,
+        **plan.details,
+        "chip_hours": hours,
+        "dollars": hours and price and hours * price,
+        "memory_seconds": plan.memory_seconds,
         "warnings": plan.warnings,
         "compile_seconds": plan.compile_seconds,
     }
@@ -58,17 +57,24 @@ def print_plan(console: Console, plan: Plan, price: float | None) -> None:
     console.print(shown)
     if plan.account:
         print_account(console, plan.account)
-        rate, mfu, hours = plan.tokens_per_second_per_chip, plan.mfu, plan.chip_hours
-        console.print(
-            f"{plan.tokens:,} tokens a step, {rate:,.0f} a second and chip, {mfu:.1%} of peak\n"
-            f"{plan.run_tokens:,} tokens take {hours:,.0f} chip-hours"
-            + (f", {hours * price:,.0f} dollars" if price and hours else ""),
-            highlight=False,
-        )
+        console.print("\n".join(_sums(plan, price)), highlight=False)
     else:
         console.print("does not fit", style="bold red")
     for line in plan.warnings:
         console.print(f"[yellow]warning:[/] {escape(line)}", highlight=False)
+
+
+def _sums(plan: Plan, price: float | None) -> list[str]:
+    """What a step comes to."""
+    rate, mfu, hours = plan.tokens_per_second_per_chip, plan.mfu, plan.chip_hours
+    lines = [f"{plan.tokens:,} tokens a step, {rate:,.0f} a second and chip, {mfu:.1%} of peak"]
+    if hours:
+        cost = f", {hours * price:,.0f} dollars" if price else ""
+        lines.append(f"{plan.details['run_tokens']:,} tokens take {hours:,.0f} chip-hours{cost}")
+    if plan.account and plan.memory_seconds and plan.details["step"] == "decode":
+        steps, share = 1 / plan.account.seconds, plan.memory_seconds / plan.account.seconds
+        lines.append(f"{steps:,.1f} steps a second; reading weights and cache takes {share:.0%}")
+    return lines
 
 
 def account_json(account: Account) -> dict[str, Any]:

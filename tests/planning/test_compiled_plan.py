@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from dsjax.config_files import load_model_config
+from dsjax.model.decoder import cache_shape
+
 pytestmark = [
     pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the extra `plan`"),
     pytest.mark.slow,
@@ -67,12 +70,29 @@ def test_a_run_that_does_not_fit_says_which_setting_would_help(cache: Path):
     assert any("training.microbatch_size" in line for line in found["warnings"])
 
 
+def test_a_step_of_the_engine_is_planned_like_any_other(cache: Path):
+    done = plan(cache, "cpu-tiny", "--topology", "v5e:2x2", "--step", "decode", "--rows", "16",
+                "--context", "64", "--drafts", "1", "--dtype", "fp8", "--mesh",
+                "expert=2,tensor=2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["topology"]["mesh"] == {"expert": 2, "tensor": 2}
+    assert found["tokens_per_step"] == found["rows"] == 16
+    model = load_model_config("cpu-tiny")
+    layers, width = cache_shape(model, mtp=True)
+    assert found["memory"]["cache"] == 16 * 64 * layers * width * 2 / 2  # two parts of the batch
+    assert 0 < found["memory_seconds"] < found["step_seconds"]
+    assert found["chip_hours"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--topology", "v5e:3x5"], "the compiler refuses it"),
         (["--topology", "v5e:2x2", "mesh.fsdp=3"], "there are 4"),
         (["--topology", "v5e:4x4"], "training.microbatch_size=8"),
+        (["--topology", "v5e:2x2", "--step", "decode", "a=b"], "has no settings here"),
+        (["--topology", "v5e:2x2", "--step", "decode", "--mesh", "fsdp=3"], "there are 4"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_2(arguments: list[str], says: str, cache: Path):
