@@ -98,6 +98,8 @@ def _attention(call: Instruction, inputs: list[Array], results: list[Array], chi
     if len(wide) < 3:
         return 0
     queries, keys, values = wide[:3]
+    if queries[-1] != keys[-1] or keys[-2] != values[-2]:
+        return 0
     unit = chip.matrix_width
     qk, v = (math.ceil(sizes[-1] / unit) * unit for sizes in (queries, values))
     if "dkv" in call.name:

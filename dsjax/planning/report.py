@@ -14,7 +14,7 @@ from dsjax.planning.plan import Plan
 
 
 def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
-    """What `dsjax plan --json` prints: seven keys that programs rely on, then all the rest.
+    """What `dsjax plan --json` prints: six keys that programs rely on, then the rest in groups.
 
     Bytes are those of a device; `mfu` is a fraction; what a plan that does not fit cannot know is
     None. `price` is in dollars, for a chip and hour.
@@ -35,11 +35,13 @@ def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
         },
         "memory": {kind: round(size) for kind, size in plan.memory.items()},
         "account": plan.account and account_json(plan.account),
-        "tokens_per_step": plan.tokens,
-        **plan.details,
-        "chip_hours": hours,
-        "dollars": hours and price and hours * price,
-        "memory_seconds": plan.memory_seconds,
+        "run": {
+            **plan.details,
+            "tokens_per_step": plan.tokens,
+            "chip_hours": hours,
+            "dollars": hours and price and hours * price,
+            "memory_seconds": plan.memory_seconds,
+        },
         "warnings": plan.warnings,
         "compile_seconds": plan.compile_seconds,
     }

@@ -66,8 +66,8 @@ def test_the_keys_that_programs_rely_on():
     assert found["fits"] is True
     assert found["tokens_per_second_per_chip"] == 1000
     assert found["mfu"] == pytest.approx(1000 * 250e9 / 459e12)
-    assert found["chip_hours"] == pytest.approx(1000)
-    assert found["dollars"] == pytest.approx(2000)
+    assert found["run"]["chip_hours"] == pytest.approx(1000)
+    assert found["run"]["dollars"] == pytest.approx(2000)
     assert found["account"][GATHERS]["waited_seconds"] == 2
 
 
@@ -75,7 +75,7 @@ def test_a_plan_that_does_not_fit_says_so_and_knows_no_time():
     found = plan_json(NO_ROOM, price=2.0)
     assert found["fits"] is False
     assert found["hbm_bytes"] == 1e12
-    assert found["step_seconds"] is found["mfu"] is found["dollars"] is None
+    assert found["step_seconds"] is found["mfu"] is found["run"]["dollars"] is None
     json.dumps(found)
 
 
