@@ -36,7 +36,7 @@ class Compiled:
 
     Attributes:
         text: the optimized program of one device; "" when it does not fit.
-        hbm: bytes that a device needs, of what the program is given and of what it makes.
+        hbm: bytes that a device holds at most at once, what the program is given among them.
         refusal: what the compiler says when that is more than there is; else "".
         seconds: what compiling took.
     """
@@ -106,6 +106,6 @@ def compile_now(lowered: jax.stages.Lowered) -> Compiled:
         size = float(needed[1]) * 1024 ** " KMGT".index(needed[2] or " ")
         return Compiled("", size, one_line(error), time.monotonic() - begin)
     memory: Any = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    held += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(compiled.as_text() or "", held, "", time.monotonic() - begin)
+    # Not the sum of arguments and temporaries, which never are all there at once.
+    peak = memory.peak_memory_in_bytes
+    return Compiled(compiled.as_text() or "", peak, "", time.monotonic() - begin)
