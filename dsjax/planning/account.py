@@ -4,7 +4,7 @@ The one rule of overlap: a device has a core, which takes the instructions in th
 they are scheduled, and beside it links, sparse cores, copies within its memory and PCIe, each of
 which does one thing after another. What is started runs beside the core as soon as its part of the
 device is free; where its result is waited for, the core stands still until it is done. An exchange
-that is not started apart keeps the core as long as it lasts.
+that is not started apart is waited for at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Account:
 
     Attributes:
         seconds: from begin to end; the sum of `core` and `waited`.
-        core: the core's own work, exchanges included that nothing runs beside.
+        core: the core's own work.
         waited: the core stands still for work that runs beside it.
         hidden: work that runs beside the core while it works.
         sent: bytes that pass a device's links.
@@ -66,15 +66,6 @@ class Account:
             for key, value in getattr(other, name).items():
                 mine[key] += times * value
 
-    def work(self, name: str, cost: Cost) -> None:
-        """Let the core do something itself."""
-        self.seconds += cost.seconds
-        self.core[cost.kind] += cost.seconds
-        self.sent[cost.kind] += cost.sent
-        self.each[cost.kind, name] += cost.seconds
-        if not cost.counted:
-            self.unknown[f"work {name}"] += 1
-
 
 class Beside:
     """What runs beside the core in one computation: when each part of the device will be free."""
@@ -83,6 +74,19 @@ class Beside:
         self.total = total
         self.free = _nothing()
         self.running: dict[str, tuple[Cost, float]] = {}
+
+    def work(self, name: str, cost: Cost) -> None:
+        """Let the core do something, or begin something else and wait for it at once."""
+        total = self.total
+        if cost.engine != CORE:
+            self.start(name, cost)
+            self.wait(name, name)
+            return
+        total.seconds += cost.seconds
+        total.core[cost.kind] += cost.seconds
+        total.each[cost.kind, name] += cost.seconds
+        if not cost.counted:
+            total.unknown[f"work {name}"] += 1
 
     def start(self, key: str, cost: Cost) -> None:
         """Begin now, or when what it needs has become free."""
@@ -148,8 +152,7 @@ class _Walk:
         elif self._marks(instruction, "AsyncCollectiveDone"):
             beside.wait(self._key(instruction), name)
         else:
-            cost = self.costs.of(instruction, scope)
-            total.work(name, cost)
+            beside.work(name, self.costs.of(instruction, scope))
 
     def _started(self, start: Instruction, scope: dict[str, Instruction]) -> Cost:
         """What runs beside the core from `start` on: the costliest thing that it calls."""

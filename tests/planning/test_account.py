@@ -17,10 +17,10 @@ SMALL = "  %small = bf16[1,8192,1024]{2,1,0} parameter(1)"
 GATHER = "bf16[64,8192,1024]{2,1,0} all-gather(%small), replica_groups={}, dimensions={0}"
 
 
-def test_an_exchange_that_nothing_runs_beside_keeps_the_core():
+def test_an_exchange_that_is_not_started_apart_is_waited_for():
     found = account_of("\n".join([OPERAND, SMALL, matmul("m", 3), f"  %g = {GATHER}"]))
     assert found.core[MATMUL] == pytest.approx(3e-3)
-    assert found.core[GATHERS] == pytest.approx(GATHER_SECONDS)
+    assert found.waited[GATHERS] == pytest.approx(GATHER_SECONDS)
     assert found.seconds == pytest.approx(3e-3 + GATHER_SECONDS)
     assert found.sent[GATHERS] == GATHERED * 63 / 64
 
@@ -110,12 +110,21 @@ def test_two_exchanges_share_the_links():
     assert account_of("\n".join(lines)).seconds == pytest.approx(2 * GATHER_SECONDS)
 
 
+def test_an_exchange_waits_until_the_links_are_free():
+    begun = "  %x = (bf16[1,8192,1024], bf16[64,8192,1024]) all-gather-start(%small), " + (
+        "replica_groups={}, dimensions={0}"
+    )
+    end = "  %xd = bf16[64,8192,1024] all-gather-done(%x)"
+    found = account_of("\n".join([SMALL, begun, f"  %g = {GATHER}", end]))
+    assert found.seconds == pytest.approx(2 * GATHER_SECONDS)
+
+
 def test_a_sum_over_devices_passes_twice_and_a_scattered_one_once():
     whole = "  %r = bf16[64,8192,1024] all-reduce(%b), replica_groups={}, to_apply=%add"
     part = "  %r = bf16[1,8192,1024] reduce-scatter(%b), replica_groups={}, to_apply=%add"
     big = "  %b = bf16[64,8192,1024]{2,1,0} parameter(0)"
     add = "%add (x: bf16[], y: bf16[]) -> bf16[] {\n  ROOT %s = bf16[] parameter(0)\n}\n"
-    twice, once = (account_of(f"{big}\n{line}", add).core[REDUCTIONS] for line in (whole, part))
+    twice, once = (account_of(f"{big}\n{line}", add).waited[REDUCTIONS] for line in (whole, part))
     assert once == pytest.approx(GATHER_SECONDS)
     assert twice == pytest.approx(2 * once)
 
