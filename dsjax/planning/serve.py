@@ -16,7 +16,7 @@ from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.store import abstract_on
 from dsjax.errors import UserError
 from dsjax.inference.sampler_state import SamplerState
-from dsjax.inference.settings import PAGE_SIZE, READ_AT_ONCE
+from dsjax.inference.settings import PAGE_SIZE, READ_AT_ONCE, EngineSettings
 from dsjax.inference.step import StepInputs, step
 from dsjax.model.decoder import make_pages, take_apart
 from dsjax.model.fp8 import hold_in_fp8
@@ -54,8 +54,10 @@ def serving_job(config: ModelConfig, serving: Serving, devices: Sequence[Any]) -
     """A step of the engine over a mesh, as `dsjax.inference.runner` runs it.
 
     Raises:
-        UserError: the mesh or the model does not divide over the devices; there is no MTP to draft.
+        UserError: the mesh or the model does not divide over the devices; the engine has no such
+            room; there is no MTP to draft.
     """
+    EngineSettings(rows=serving.rows, context=serving.context, drafts=serving.drafts)
     if serving.drafts and not getattr(config, "num_nextn_predict_layers", 0):
         raise UserError(f"--drafts {serving.drafts}: the model has no MTP layer; expected 0")
     layout = Layout(make_mesh(serving.mesh or {"expert": len(devices)}, devices), DECODE_RULES)

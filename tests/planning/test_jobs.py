@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 import jaxtyping
@@ -54,8 +55,7 @@ def test_decoding_continues_every_row_and_prefill_reads_a_part_of_a_prompt():
     decode = serving_job(model, SERVING, jax.devices()[:4])
     assert decode.tokens == 12  # three rows in each of four parts of the batch
     assert "12x1xi32" in decode.lowered.as_text()
-    prefill = serving_job(model, Serving("prefill", *list(vars(SERVING).values())[1:]),
-                          jax.devices()[:4])  # fmt: skip
+    prefill = serving_job(model, replace(SERVING, step="prefill"), jax.devices()[:4])
     assert prefill.tokens == 4 * 512
     assert prefill.lasting == decode.lasting
 
@@ -67,7 +67,7 @@ def test_experts_are_split_over_the_mesh_and_fp8_halves_them():
     of = {
         (dtype, ways): serving_job(
             model,
-            Serving("decode", 4, 64, 0, dtype, {"expert": ways}),
+            replace(SERVING, dtype=dtype, mesh={"expert": ways}),
             jax.devices()[:ways],
         ).lasting["weights"]
         for dtype in ("bfloat16", "fp8")
@@ -77,7 +77,12 @@ def test_experts_are_split_over_the_mesh_and_fp8_halves_them():
     assert of["fp8", 4] < 0.8 * of["bfloat16", 4]
 
 
+def test_an_engine_without_rows_is_refused():
+    with pytest.raises(UserError, match="rows is 0"):
+        serving_job(load_model_config("cpu-tiny"), replace(SERVING, rows=0), jax.devices()[:4])
+
+
 def test_drafts_need_a_model_that_drafts():
     dense = load_model_config("cpu-tiny-qwen3")
     with pytest.raises(UserError, match="--drafts 1"):
-        serving_job(dense, Serving("decode", 4, 64, 1, "bfloat16", None), jax.devices()[:1])
+        serving_job(dense, replace(SERVING, drafts=1, mesh=None), jax.devices()[:1])
