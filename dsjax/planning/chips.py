@@ -1,6 +1,6 @@
 """The chips that a plan can be made for, and how those of a slice are linked.
 
-Figures are those that Cloud TPU publishes (docs.cloud.google.com/tpu, a page for each), but two. The
+Figures are those of Cloud TPU (docs.cloud.google.com/tpu has a page for each chip), but two. The
 clock is the one at which the matrix units reach the peak, peak / (2 x units x width x width); it
 agrees with the known ones (1.5 GHz on v5e, 1.75 on v5p). What passes to the host's memory is what
 others have seen of PCIe on v5e and v5p, and on TPU7x taken to be twice that.
