@@ -61,38 +61,56 @@ def serving_job(config: ModelConfig, serving: Serving, devices: Sequence[Any]) -
     if serving.drafts and not getattr(config, "num_nextn_predict_layers", 0):
         raise UserError(f"--drafts {serving.drafts}: the model has no MTP layer; expected 0")
     layout = Layout(make_mesh(serving.mesh or {"expert": len(devices)}, devices), DECODE_RULES)
-    groups = layout.ways("batch")
-    rows, width = math.ceil(serving.rows / groups), math.ceil(serving.context / PAGE_SIZE)
     model = _abstract_model(config, serving.dtype, layout)
     with use_layout(layout):
-        decoder = _taken_apart(model)
-        pages = _spread(layout, partial(
-            make_pages, config, groups, rows * width, PAGE_SIZE, model.dtype,
-            mtp=serving.drafts > 0,
-        ))  # fmt: skip
-        sampler = _spread(layout, partial(SamplerState.empty, groups * rows, config.vocab_size))
-        reads = serving.step == "prefill"
-        queries, batch = (READ_AT_ONCE, groups) if reads else (1 + serving.drafts, groups * rows)
-        run = partial(step, samples=1 if reads else queries, drafts=serving.drafts)
-        lowered = jax.jit(run, donate_argnums=(1, 2)).lower(
-            decoder, pages, sampler, *_inputs(layout, batch, queries, width)
-        )
-    lasting = {"weights": held_bytes(decoder), "cache": held_bytes(pages),
-               "sampler": held_bytes(sampler)}  # fmt: skip
-    tokens = batch * (queries if reads else 1)
-    length = serving.context if reads else 2 * serving.context
+        making = take_apart.lower(model)
+        places = _places(making)
+        if places is None:
+            lasting, lowered = {"weights": held_bytes(model)}, making
+            remedy = partial(_remedy_of_loading, lasting)
+        else:
+            decoder = abstract_on(jax.eval_shape(take_apart, model), places)
+            pages, sampler = _room(config, serving, layout)
+            lasting = {"weights": held_bytes(decoder), "cache": held_bytes(pages),
+                       "sampler": held_bytes(sampler)}  # fmt: skip
+            lowered = _lower(serving, layout, decoder, pages, sampler)
+            remedy = partial(_remedy, lasting)
+    reads = serving.step == "prefill"
+    rows = layout.ways("batch") * math.ceil(serving.rows / layout.ways("batch"))
     return Job(
         lowered=lowered,
         layout=layout,
         lasting=lasting,
         passing={},
         whole=replicated(model),
-        tokens=tokens,
-        useful=flops_per_token(model, config, length) / 3,
-        remedy=partial(_remedy, lasting),
-        details={"step": serving.step, "rows": groups * rows, "context": serving.context,
+        tokens=layout.ways("batch") * READ_AT_ONCE if reads else rows,
+        useful=flops_per_token(model, config, serving.context * (1 if reads else 2)) / 3,
+        remedy=remedy,
+        details={"step": serving.step, "rows": rows, "context": serving.context,
                  "drafts": serving.drafts, "dtype": serving.dtype},
     )  # fmt: skip
+
+
+def _room(config: ModelConfig, serving: Serving, layout: Layout) -> tuple[Any, Any]:
+    """The cache and the sampler's state, for so many rows in every part of the batch."""
+    groups, width = layout.ways("batch"), math.ceil(serving.context / PAGE_SIZE)
+    rows = math.ceil(serving.rows / groups)
+    dtype, drafts = jnp.bfloat16, serving.drafts > 0
+    pages = partial(make_pages, config, groups, rows * width, PAGE_SIZE, dtype, mtp=drafts)
+    sampler = partial(SamplerState.empty, groups * rows, config.vocab_size)
+    return _spread(layout, pages), _spread(layout, sampler)
+
+
+def _lower(
+    serving: Serving, layout: Layout, decoder: Any, pages: Any, sampler: Any
+) -> jax.stages.Lowered:
+    """The engine's step: a prompt's part in every group, or all rows by a token and its drafts."""
+    reads, groups = serving.step == "prefill", layout.ways("batch")
+    queries = READ_AT_ONCE if reads else 1 + serving.drafts
+    batch = groups if reads else groups * math.ceil(serving.rows / groups)
+    inputs = _inputs(layout, batch, queries, math.ceil(serving.context / PAGE_SIZE))
+    run = partial(step, samples=1 if reads else queries, drafts=serving.drafts)
+    return jax.jit(run, donate_argnums=(1, 2)).lower(decoder, pages, sampler, *inputs)
 
 
 def _abstract_model(config: ModelConfig, dtype: str, layout: Layout) -> Transformer:
@@ -106,10 +124,14 @@ def _abstract_model(config: ModelConfig, dtype: str, layout: Layout) -> Transfor
     return abstract_on(model, tree_shardings(model, layout))
 
 
-def _taken_apart(model: Transformer) -> Any:
-    """The decoder of a model, its weights where the compiler leaves them when it is made."""
-    places = take_apart.lower(model).compile().output_shardings
-    return abstract_on(jax.eval_shape(take_apart, model), places)
+def _places(making: jax.stages.Lowered) -> Any:
+    """Where the compiler leaves a decoder's weights; None where making it does not fit."""
+    try:
+        return making.compile().output_shardings
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise
 
 
 def _spread(layout: Layout, make: Any) -> Any:
@@ -146,3 +168,11 @@ def _remedy(lasting: dict[str, float], capacity: float) -> str:
             "a larger slice would help, or --dtype fp8"
         )
     return "fewer --rows would help, or a shorter --context"
+
+
+def _remedy_of_loading(lasting: dict[str, float], capacity: float) -> str:
+    return (
+        f"decoding reads a copy of the weights, {lasting['weights'] / 1e9:.1f} GB as they are "
+        f"loaded, and making it takes more than {capacity / 1e9:.1f} GB: split more of them, "
+        "with --mesh tensor=N or fsdp=N beside expert"
+    )
