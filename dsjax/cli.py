@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from dsjax.cli_plan import add_plan
 from dsjax.cli_sample import add_sample
 from dsjax.errors import UserError, one_line
 from dsjax.places import ObjectPath, as_path
@@ -29,6 +30,7 @@ examples:
   dsjax convert ./DeepSeek-R1 ./r1 --dry-run       what a conversion would do
   dsjax eval runs/demo --tasks letters             how often it counts letters right
   dsjax sample my-prompts.yaml                     its right answers, as data to train on
+  dsjax plan v3-671b-v5p-512 --topology v5p:8x8x8  what a run takes on TPUs that are not there
 
 `dsjax VERB --help` explains a verb. Exit codes: 0 done, 2 your input is wrong, 1 our fault.
 """
@@ -101,12 +103,23 @@ def make_parser() -> Parser:
     _add_convert(verbs)
     _add_eval(verbs)
     add_sample(verbs)
+    add_plan(verbs)
     return parser
 
 
 def _call_verb() -> None:
-    """Parse the command line and call its verb."""
-    arguments = vars(make_parser().parse_args())
+    """Parse the command line and call its verb.
+
+    Settings, `section.key=value`, may stand behind options, where argparse does not look for them.
+    """
+    parser = make_parser()
+    known, others = parser.parse_known_args()
+    arguments = vars(known)
+    settings = [text for text in others if "=" in text and not text.startswith("-")]
+    if settings != others or (others and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if settings:
+        arguments["overrides"] = [*arguments["overrides"], *settings]
     arguments.pop("verb")(**arguments)
 
 

@@ -53,7 +53,15 @@ ROOM_OF = dict.fromkeys(
 )
 """Files of floor 0 that make one room with config.py."""
 
-DOORS = {"dsjax", "dsjax.__main__", "dsjax.cli", "dsjax.cli_sample", "train", "serve"}
+DOORS = {
+    "dsjax",
+    "dsjax.__main__",
+    "dsjax.cli",
+    "dsjax.cli_plan",
+    "dsjax.cli_sample",
+    "train",
+    "serve",
+}
 """They may import anything, and import late so that they open fast; no room imports a door."""
 
 MESH_AXES = {"data", "fsdp", "context", "tensor", "stage"}

@@ -1,0 +1,178 @@
+"""The engine's steps, ready to be compiled: a prompt that is read, rows that are continued."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsjax.architecture import ModelConfig
+from dsjax.checkpoint.families import tensors
+from dsjax.checkpoint.store import abstract_on
+from dsjax.errors import UserError
+from dsjax.inference.sampler_state import SamplerState
+from dsjax.inference.settings import PAGE_SIZE, READ_AT_ONCE, EngineSettings
+from dsjax.inference.step import StepInputs, step
+from dsjax.model.decoder import make_pages, take_apart
+from dsjax.model.fp8 import hold_in_fp8
+from dsjax.model.layers import tree_shardings
+from dsjax.model.transformer import Transformer
+from dsjax.planning.job import Job
+from dsjax.planning.memory import held_bytes, replicated
+from dsjax.planning.useful import flops_per_token
+from sharding.mesh import make_mesh
+from sharding.rules import DECODE_RULES, Layout, use_layout
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Which step of the engine, and with how much room.
+
+    Attributes:
+        step: prefill, a part of a prompt in every group is read, or decode, every row is continued.
+        rows: sequences that run at the same time.
+        context: tokens of each, all of them in the cache.
+        drafts: tokens that MTP drafts a step.
+        dtype: of the weights, bfloat16 or fp8; fp8 is as released, computed with in bfloat16.
+        mesh: sizes of mesh axes; None: all devices on `expert`.
+    """
+
+    step: str
+    rows: int
+    context: int
+    drafts: int
+    dtype: str
+    mesh: dict[str, int] | None
+
+
+def serving_job(config: ModelConfig, serving: Serving, devices: Sequence[Any]) -> Job:
+    """A step of the engine over a mesh, as `dsjax.inference.runner` runs it.
+
+    Raises:
+        UserError: the mesh or the model does not divide over the devices; the engine has no such
+            room; there is no MTP to draft.
+    """
+    EngineSettings(rows=serving.rows, context=serving.context, drafts=serving.drafts)
+    if serving.drafts and not getattr(config, "num_nextn_predict_layers", 0):
+        raise UserError(f"--drafts {serving.drafts}: the model has no MTP layer; expected 0")
+    layout = Layout(make_mesh(serving.mesh or {"expert": len(devices)}, devices), DECODE_RULES)
+    model = _abstract_model(config, serving.dtype, layout)
+    with use_layout(layout):
+        making = take_apart.lower(model)
+        places = _places(making)
+        if places is None:
+            lasting, lowered = {"weights": held_bytes(model)}, making
+            remedy = partial(_remedy_of_loading, lasting)
+        else:
+            decoder = abstract_on(jax.eval_shape(take_apart, model), places)
+            pages, sampler = _room(config, serving, layout)
+            lasting = {"weights": held_bytes(decoder), "cache": held_bytes(pages),
+                       "sampler": held_bytes(sampler)}  # fmt: skip
+            lowered = _lower(serving, layout, decoder, pages, sampler)
+            remedy = partial(_remedy, lasting)
+    reads = serving.step == "prefill"
+    rows = layout.ways("batch") * math.ceil(serving.rows / layout.ways("batch"))
+    return Job(
+        lowered=lowered,
+        layout=layout,
+        lasting=lasting,
+        passing={},
+        whole=replicated(model),
+        tokens=layout.ways("batch") * READ_AT_ONCE if reads else rows,
+        useful=flops_per_token(model, config, serving.context * (1 if reads else 2)) / 3,
+        remedy=remedy,
+        details={"step": serving.step, "rows": rows, "context": serving.context,
+                 "drafts": serving.drafts, "dtype": serving.dtype},
+    )  # fmt: skip
+
+
+def _room(config: ModelConfig, serving: Serving, layout: Layout) -> tuple[Any, Any]:
+    """The cache and the sampler's state, for so many rows in every part of the batch."""
+    groups, width = layout.ways("batch"), math.ceil(serving.context / PAGE_SIZE)
+    rows = math.ceil(serving.rows / groups)
+    dtype, drafts = jnp.bfloat16, serving.drafts > 0
+    pages = partial(make_pages, config, groups, rows * width, PAGE_SIZE, dtype, mtp=drafts)
+    sampler = partial(SamplerState.empty, groups * rows, config.vocab_size)
+    return _spread(layout, pages), _spread(layout, sampler)
+
+
+def _lower(
+    serving: Serving, layout: Layout, decoder: Any, pages: Any, sampler: Any
+) -> jax.stages.Lowered:
+    """The engine's step: a prompt's part in every group, or all rows by a token and its drafts."""
+    reads, groups = serving.step == "prefill", layout.ways("batch")
+    queries = READ_AT_ONCE if reads else 1 + serving.drafts
+    batch = groups if reads else groups * math.ceil(serving.rows / groups)
+    inputs = _inputs(layout, batch, queries, math.ceil(serving.context / PAGE_SIZE))
+    run = partial(step, samples=1 if reads else queries, drafts=serving.drafts)
+    return jax.jit(run, donate_argnums=(1, 2)).lower(decoder, pages, sampler, *inputs)
+
+
+def _abstract_model(config: ModelConfig, dtype: str, layout: Layout) -> Transformer:
+    """A model as it is loaded, its weights placed."""
+    model = jax.eval_shape(
+        lambda key: Transformer(config, key, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16),
+        jax.random.key(0),
+    )
+    if dtype == "fp8":
+        hold_in_fp8(model, sorted({t.path for t in tensors(config) if t.path and t.scale}))
+    return abstract_on(model, tree_shardings(model, layout))
+
+
+def _places(making: jax.stages.Lowered) -> Any:
+    """Where the compiler leaves a decoder's weights; None where making it does not fit."""
+    try:
+        return making.compile().output_shardings
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise
+
+
+def _spread(layout: Layout, make: Any) -> Any:
+    """What `make` would make, over the mesh by its first dimension."""
+
+    def place(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = ("batch",) + (None,) * (len(array.shape) - 1)
+        return jax.ShapeDtypeStruct(
+            array.shape, array.dtype, sharding=layout.sharding(axes, array.shape)
+        )
+
+    return jax.tree.map(place, jax.eval_shape(make))
+
+
+def _inputs(layout: Layout, batch: int, queries: int, width: int) -> tuple[StepInputs, Any]:
+    """What the host says of a step, and the size of the vocabulary."""
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=layout.sharding((None,) * len(shape), shape)
+        )
+
+    row, tokens = array(jnp.int32, batch), array(jnp.int32, batch, queries)
+    flag = array(jnp.bool_)
+    table, samples = array(jnp.int32, batch, width), array(jnp.bool_, batch)
+    inputs = StepInputs(row, tokens, tokens, row, row, table, samples, row, flag, flag)
+    return inputs, array(jnp.int32)
+
+
+def _remedy(lasting: dict[str, float], capacity: float) -> str:
+    if lasting["weights"] > 0.8 * capacity:
+        return (
+            f"the weights alone take {lasting['weights'] / 1e9:.1f} of {capacity / 1e9:.1f} GB: "
+            "a larger slice would help, or --dtype fp8"
+        )
+    return "fewer --rows would help, or a shorter --context"
+
+
+def _remedy_of_loading(lasting: dict[str, float], capacity: float) -> str:
+    return (
+        f"decoding reads a copy of the weights, {lasting['weights'] / 1e9:.1f} GB as they are "
+        f"loaded, and making it takes more than {capacity / 1e9:.1f} GB: split more of them, "
+        "with --mesh tensor=N or fsdp=N beside expert"
+    )
