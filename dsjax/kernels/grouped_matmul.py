@@ -1,191 +1,135 @@
 """Products of groups of rows, each group with a matrix of its own; and the matrices' gradient.
 
-    out[n] = rows[n] @ matrices[g]                     (`grouped_matmul`)
-    out[g] = into[g] + sum_n left[n] right[n]^T        (`grouped_outer`),  g = the group of row n
+    out_n = rows_n W_g                               `grouped_matmul`, g the group of row n
+    W_g   = into_g + sum over g's rows of a_n b_n^T  `grouped_outer`
 
-Groups lie one after the other: `sizes[g]` rows each, none left out. There may be more rows than
-groups have; what a product makes of them is undefined, and they may hold anything.
+Groups lie one after the other, `sizes` rows each; an empty one is fine, and so are rows beyond the
+last group: they may hold anything, and what a product makes of them is undefined. Products are
+summed in float32.
 
-On a TPU both are Pallas kernels. A visit is a tile of rows and one of the groups that it has rows
-of; tiles that lie in one group are multiplied as they are, others are masked. What stays in the
-core's memory: a group's matrix over all of its inputs, so that each is read once however small
-tiles are, and small tiles waste little where groups meet; and a group's sum.
-
-Why not jax's own `megablox`, which is where the idea of visits is from: it takes no number of rows
-that its tile does not divide; it masks every tile, in float32; it has no say in how much of the
-core's memory it gets, which leaves it tiles that read matrices once a tile of rows; and what is
-added to is missing in what it tells the compiler. tokamax's kernel (0.0.12) is the same one,
-and adds to nothing.
+On a TPU both are the Pallas kernels of `grouped_matmul_tpu`. Elsewhere, and where XLA's partitioner
+splits the program, `jax.lax.ragged_dot` multiplies, and the matrices' gradient, which XLA expands
+to a product of every group with every row, goes block by block.
 """
 
 from __future__ import annotations
 
-import math
-from functools import partial
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-TILE = 256
-"""Rows of a visit. Groups that end anywhere cost half a tile each, of their own matrices' work."""
-
-CHUNK = 512
-"""Columns of one product inside of a visit: what the compiler unrolls."""
+from dsjax.kernels import grouped_matmul_tpu as tpu
+from dsjax.kernels.blocks import fold_blocks, fold_experts
 
 
-class Visits(NamedTuple):
-    """Which tile of rows meets which group, in order; the first `count` of them are real."""
-
-    begins: Int[Array, "E+1"]
-    """The first row of each group, and the end of the last one."""
-    group: Int[Array, "V"]
-    tile: Int[Array, "V"]
-    count: Int[Array, ""]
-
-
-def plan_visits(sizes: Int[Array, "E"], rows: int, *, empty: bool) -> Visits:
-    """A visit for every group and tile that share a row; `empty`: and one for groups without."""
-    tiles, groups = pl.cdiv(rows, TILE), sizes.size
-    ends = jnp.cumsum(sizes.astype(jnp.int32))
-    begins = ends - sizes.astype(jnp.int32)
-    first = jnp.minimum(begins // TILE, tiles - 1)
-    counts = jnp.where(sizes > 0, (ends - 1) // TILE - first + 1, int(empty)).astype(jnp.int32)
-    last = jnp.cumsum(counts)
-    visit = jnp.arange(tiles + groups - 1, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(last, visit, side="right"), groups - 1).astype(jnp.int32)
-    tile = first[group] + visit - (last - counts)[group]
-    begins = jnp.concatenate([begins, ends[-1:]])
-    return Visits(begins, group, jnp.minimum(tile, tiles - 1), last[-1])
+def grouped_matmul_reference(
+    rows: Float[Array, "N I"],
+    matrices: Float[Array, "E A B"],
+    sizes: Int[Array, "E"],
+    *,
+    inputs_first: bool,
+) -> Float[Array, "N O"]:
+    """The meaning of `grouped_matmul`: every row with its own copy of a matrix; 0 beyond groups."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    letters = "nio" if inputs_first else "noi"
+    out = jnp.einsum(f"ni,{letters}->no", rows, matrices.at[group].get(mode="clip"))
+    return jnp.where((group < len(sizes))[:, None], out, 0)
 
 
-def _matmul_kernel(begins, group, tile, rows, matrix, out, *, transposed):
-    visit = pl.program_id(1)
-    begin, end = begins[group[visit]], begins[group[visit] + 1]
-    first = tile[visit] * TILE
-    inside = (begin <= first) & (first + TILE <= end)
-    contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    width = out.shape[1]
-    chunk = math.gcd(width, CHUNK)
-
-    def product(at):
-        columns = pl.ds(at, chunk)
-        part = matrix[columns, :] if transposed else matrix[:, columns]
-        return lax.dot_general(rows[...], part, contract, preferred_element_type=jnp.float32)
-
-    def all_chunks(store):
-        @pl.loop(0, width // chunk)
-        def _(c):
-            store(pl.multiple_of(c * chunk, chunk))
-
-    @pl.when(inside)
-    def _():
-        def store(at):
-            out[:, pl.ds(at, chunk)] = product(at).astype(out.dtype)
-        all_chunks(store)
-
-    @pl.when(~inside)
-    def _():
-        def store(at):
-            row = first + lax.broadcasted_iota(jnp.int32, (TILE, chunk), 0)
-            mine = (row >= begin) & (row < end)
-            old = out[:, pl.ds(at, chunk)].astype(jnp.float32)
-            out[:, pl.ds(at, chunk)] = jnp.where(mine, product(at), old).astype(out.dtype)
-        all_chunks(store)
+def grouped_outer_reference(
+    left: Float[Array, "N A"],
+    right: Float[Array, "N B"],
+    sizes: Int[Array, "E"],
+    into: Float[Array, "E A B"],
+) -> Float[Array, "E A B"]:
+    """The meaning of `grouped_outer`: every row's outer product, those of a group added up."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(left)), side="right")
+    products = jnp.einsum("na,nb->nab", left, right, preferred_element_type=jnp.float32)
+    return into.astype(jnp.float32).at[group].add(products, mode="drop").astype(into.dtype)
 
 
-def _split(size, count=2):
-    return pl.cdiv(pl.cdiv(size, count), 128) * 128 if size > 128 else size
+def grouped_matmul(
+    rows: Float[Array, "N I"],
+    matrices: Float[Array, "E A B"],
+    sizes: Int[Array, "E"],
+    *,
+    inputs_first: bool,
+) -> Float[Array, "N O"]:
+    """Each row times the matrix of its group, in the dtype of `rows`.
+
+    Args:
+        rows: sorted by group.
+        matrices: in the dtype of `rows`.
+        sizes: rows of each group, N in all or fewer; what is beyond is undefined in the result.
+        inputs_first: matrices are [E, I, O]; otherwise [E, O, I].
+    """
+
+    def pallas(rows: Array, matrices: Array, sizes: Array) -> Array:
+        return tpu.grouped_matmul(rows, matrices, sizes, inputs_first=inputs_first)
+
+    def ragged(rows: Array, matrices: Array, sizes: Array) -> Array:
+        return lax.ragged_dot(rows, matrices if inputs_first else matrices.swapaxes(1, 2), sizes)
+
+    if not _alone():
+        return ragged(rows, matrices, sizes)
+    return lax.platform_dependent(rows, matrices, sizes, tpu=pallas, default=ragged)
 
 
-def matmul_tpu(rows, matrices, sizes, transposed, interpret=False):
-    n, k = rows.shape
-    width = matrices.shape[1 if transposed else 2]
-    tile = _split(width)
-    tiles = pl.cdiv(width, tile)
-    visits = plan_visits(sizes, n, empty=False)
-    block = (None, tile, k) if transposed else (None, k, tile)
-    return pl.pallas_call(
-        partial(_matmul_kernel, transposed=transposed),
-        out_shape=jax.ShapeDtypeStruct((n, width), rows.dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(tiles, visits.count),
-            in_specs=[
-                pl.BlockSpec((TILE, k), lambda j, v, begins, group, tile: (tile[v], 0)),
-                pl.BlockSpec(block, lambda j, v, begins, group, tile: (group[v], j, 0) if transposed else (group[v], 0, j)),
-            ],
-            out_specs=pl.BlockSpec((TILE, tile), lambda j, v, begins, group, tile: (tile[v], j)),
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=80 * 2**20
-        ),
-        interpret=interpret,
-        name="grouped_matmul",
-    )(*visits[:3], rows, matrices)
+def grouped_outer(
+    left: Float[Array, "N A"],
+    right: Float[Array, "N B"],
+    sizes: Int[Array, "E"],
+    into: Float[Array, "E A B"],
+) -> Float[Array, "E A B"]:
+    """`into` and the outer products left_n right_n^T of each group's rows.
+
+    The gradient of [E, out, in] for `left` the gradient of the result and `right` the rows, and of
+    [E, in, out] for the two the other way round.
+
+    Args:
+        left: sorted by group.
+        right: in the dtype of `left`.
+        sizes: rows of each group; rows beyond may be anything, not finite even.
+        into: what is added to, and the dtype of the result. XLA reuses its memory if it can.
+    """
+    if not _alone():
+        return _outer_in_blocks(left, right, sizes, into)
+    return lax.platform_dependent(
+        left, right, sizes, into, tpu=tpu.grouped_outer, default=_outer_in_blocks
+    )
 
 
-def _outer_kernel(begins, group, tile, left, right, into, out, total):
-    visit = pl.program_id(2)
-    mine = group[visit]
-    begin, end = begins[mine], begins[mine + 1]
-    first = tile[visit] * TILE
-    inside = (begin <= first) & (first + TILE <= end)
-    opens = (visit == 0) | (group[jnp.maximum(visit - 1, 0)] != mine)
-    last = pl.num_programs(2) - 1
-    closes = (visit == last) | (group[jnp.minimum(visit + 1, last)] != mine)
+def _alone() -> bool:
+    """Whether arrays here are those of one device: XLA cannot split a kernel of ours over several.
 
-    @pl.when(opens)
-    def _():
-        total[...] = into[...].astype(jnp.float32)
-
-    def add(a, b):
-        total[...] += lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
-    @pl.when(inside)
-    def _():
-        add(left[...], right[...])
-
-    @pl.when(~inside & (end > begin))
-    def _():
-        def kept(block):
-            row = first + lax.broadcasted_iota(jnp.int32, block.shape, 0)
-            return jnp.where((row >= begin) & (row < end), block[...].astype(jnp.float32), 0).astype(block.dtype)
-        add(kept(left), kept(right))
-
-    @pl.when(closes)
-    def _():
-        out[...] = total[...].astype(out.dtype)
+    They are without a mesh, or in a `shard_map` over all of its axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(mesh.shape[axis] == 1 or axis in mesh.manual_axes for axis in mesh.axis_names)
 
 
-def outer_tpu(left, right, sizes, into, tiles, interpret=False):
-    n, a = left.shape
-    b = right.shape[1]
-    ta, tb = tiles
-    visits = plan_visits(sizes, n, empty=True)
-    stack = pl.BlockSpec((None, ta, tb), lambda i, j, v, begins, group, tile: (group[v], i, j))
-    return pl.pallas_call(
-        _outer_kernel,
-        out_shape=jax.ShapeDtypeStruct(into.shape, into.dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(pl.cdiv(a, ta), pl.cdiv(b, tb), visits.count),
-            in_specs=[
-                pl.BlockSpec((TILE, ta), lambda i, j, v, begins, group, tile: (tile[v], i)),
-                pl.BlockSpec((TILE, tb), lambda i, j, v, begins, group, tile: (tile[v], j)),
-                stack,
-            ],
-            out_specs=stack,
-            scratch_shapes=[pltpu.VMEM((ta, tb), jnp.float32)],
-        ),
-        input_output_aliases={5: 0},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=80 * 2**20
-        ),
-        interpret=interpret,
-        name="grouped_outer",
-    )(*visits[:3], left, right, into)
+OUTER_BLOCKS = (2048, 256)
+"""Rows of one product for the matrices' gradients: many, since each reads and writes the sum."""
+
+
+def _outer_in_blocks(left: Array, right: Array, sizes: Array, into: Array) -> Array:
+    def one_expert(expert: Array, begin: Array, size: Array, stack: Array) -> Array:
+        def one_block(at: Array, count: int, total: Array) -> Array:
+            first = jnp.minimum(at, len(right) - count)
+            row = first + jnp.arange(count)
+            mine = ((row >= at) & (row < begin + size))[:, None]
+            # Both: what is beyond the last expert's rows is undefined, and 0 times that may be NaN.
+            a, b = (
+                jnp.where(mine, lax.dynamic_slice_in_dim(rows, first, count), 0)
+                for rows in (left, right)
+            )
+            return total + lax.dot_general(
+                a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
+
+        blocks = tuple(min(count, len(right)) for count in OUTER_BLOCKS)
+        total = fold_blocks(begin, size, blocks, one_block, stack[expert].astype(jnp.float32))
+        return stack.at[expert].set(total.astype(stack.dtype))
+
+    return fold_experts(sizes, one_expert, into)

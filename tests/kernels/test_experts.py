@@ -78,7 +78,7 @@ def test_routed_experts_equal_their_meaning(tokens, choices, spread):
 def test_the_path_of_accelerators_equals_the_blocked_one(monkeypatch):
     arguments = inputs(50, 3, spread="some empty")
     blocked = value_and_gradients(routed_experts, *arguments)
-    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, default, **_: default(*xs))
     monkeypatch.setattr(experts_blocked, "forward", None)
     jax.clear_caches()
     ragged = value_and_gradients(routed_experts, *arguments)
@@ -93,7 +93,7 @@ def test_experts_without_a_gradient_equal_their_meaning(tokens, choices, spread,
     expected = routed_experts_reference(x, weights, experts, gates)
     turned = SwiGLU(*(matrix.swapaxes(1, 2) for matrix in weights))
     assert_close([jax.jit(apply_experts)(x, turned, experts, gates)], [expected], 1e-5)
-    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, default, **_: default(*xs))
     assert_close([apply_experts(x, turned, experts, gates)], [expected], 1e-5)
 
 
@@ -113,7 +113,7 @@ def test_experts_in_fp8_are_bitwise_those_that_were_widened(dtype, monkeypatch):
         found = run(x, values, experts, gates, scales)
         assert (found == run(x, wide, experts, gates)).all()
         assert jnp.abs(found.astype(jnp.float32)).max() > 1
-        monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+        monkeypatch.setattr(lax, "platform_dependent", lambda *xs, default, **_: default(*xs))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.bfloat16])

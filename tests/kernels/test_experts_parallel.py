@@ -156,7 +156,7 @@ def test_bfloat16_stays_close_and_keeps_its_dtype():
 
 def test_the_path_of_accelerators_is_exact_too(monkeypatch):
     """Ragged exchanges, by an emulation of what they document, and `ragged_dot`."""
-    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, default, **_: default(*xs))
     monkeypatch.setattr(lax, "ragged_all_to_all", emulate)
     compiled = over.__wrapped__(4, 6)
     monkeypatch.undo()
