@@ -1,15 +1,16 @@
 """Products of groups of rows and their outer products equal their plain meaning, on every backend."""
 
-import re
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.experimental.pallas import tpu as pltpu
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec as P
 
-from dsjax.kernels import grouped_matmul as kernel
+from dsjax.kernels import experts as experts_kernel
 from dsjax.kernels import grouped_matmul_tpu as tpu
 from dsjax.kernels.grouped_matmul import (
     grouped_matmul,
@@ -17,68 +18,115 @@ from dsjax.kernels.grouped_matmul import (
     grouped_outer,
     grouped_outer_reference,
 )
+from dsjax.kernels.permutation import sort_by_expert
+from dsjax.kernels.swiglu import SwiGLU
 
-pytestmark = pytest.mark.usefixtures("thorough_compiler")
-
+ROWS, NARROW, WIDE = 77, 24, 300  # none of which a tile divides
 SIZES = {
-    "one tile": (3, 4),
-    "odd": (7, 1, 30, 2, 23),
-    "whole tiles": (16, 32, 16),
-    "empty": (0, 0, 21, 0, 40, 0),
-    "one has all": (0, 61, 0),
-    "none has any": (0, 0, 0),
+    "even": (12, 13, 13, 13, 13, 13),
+    "odd": (7, 1, 30, 2, 23, 14),
+    "whole tiles": (16, 32, 16, 0, 13, 0),
+    "fewer than rows": (5, 17, 0, 3, 16, 0),
+    "some empty": (0, 0, 30, 0, 47, 0),
+    "the first has all": (ROWS, 0, 0, 0, 0, 0),
+    "the last has all": (0, 0, 0, 0, 0, ROWS),
+    "one row": (0, 0, 0, 1, 0, 0),
+    "none has any": (0, 0, 0, 0, 0, 0),
 }
-BEYOND = [0, 19]
-"""Rows of no group."""
-
-
-def inputs(sizes, beyond, dtype, inner=24, outer=40):
-    rows = sum(sizes) + beyond
-    keys = jax.random.split(jax.random.key(rows), 3)
-    left = jax.random.normal(keys[0], (rows, inner)).astype(dtype)
-    right = jax.random.normal(keys[1], (rows, outer)).astype(dtype)
-    stack = jax.random.normal(keys[2], (len(sizes), inner, outer)).astype(dtype)
-    # What is in rows of no group must not matter.
-    left, right = (a.at[sum(sizes) :].set(jnp.nan) for a in (left, right))
-    return left, right, stack, jnp.asarray(sizes, jnp.int32)
 
 
 @pytest.fixture(params=["pallas", "plain XLA"])
 def backend(request, monkeypatch):
-    """The kernels of a TPU, interpreted with memory that is NaN at first; and what others run."""
+    """The kernels of a TPU, interpreted, where memory is NaN at first; and what others run."""
     pallas = request.param == "pallas"
 
-    def choose(*arguments, tpu, default):
-        return (tpu if pallas else default)(*arguments)
+    def choose(*arguments, default, tpu=None, **_):
+        return (tpu if pallas and tpu else default)(*arguments)
 
     monkeypatch.setattr(lax, "platform_dependent", choose)
-    with pltpu.force_tpu_interpret_mode():
-        yield
+    monkeypatch.setattr(tpu, "UNROLLED", NARROW * tpu.LANES)  # so that products come in chunks
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    return request.param
 
 
-def assert_close(found, expected, dtype):
-    assert found.dtype == expected.dtype
-    a, b = (np.asarray(x, np.float32) for x in (found, expected))
-    scale = np.abs(b).max(initial=1)
-    np.testing.assert_allclose(a, b, atol=scale * (1e-5 if dtype == jnp.float32 else 1e-2))
+@cache
+def compiled(backend):
+    """All three products in one program for each dtype, whatever the sizes."""
+
+    @jax.jit
+    def run(narrow, wide, stack, sizes):
+        return (
+            grouped_matmul(narrow, stack, sizes, inputs_first=True),
+            grouped_matmul(wide, stack, sizes, inputs_first=False),
+            grouped_outer(narrow, wide, sizes, stack),
+        )
+
+    return run
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("beyond", BEYOND)
-@pytest.mark.parametrize("name", SIZES)
-def test_products_equal_their_meaning(name, beyond, dtype, backend):
-    sizes = SIZES[name]
-    if sum(sizes) + beyond == 0:
-        return
-    left, right, stack, counts = inputs(sizes, beyond, dtype)
-    for rows, inputs_first in ((left, True), (right, False)):
-        found = grouped_matmul(rows, stack, counts, inputs_first=inputs_first)
-        expected = grouped_matmul_reference(rows, stack, counts, inputs_first=inputs_first)
-        assert_close(found[: sum(sizes)], expected[: sum(sizes)], dtype)
-    assert_close(
-        grouped_outer(left, right, counts, stack),
-        grouped_outer_reference(
-            jnp.nan_to_num(left), jnp.nan_to_num(right), counts, stack
-        ),
-        dtype,
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
+def test_products_equal_their_meaning(sizes, dtype, backend):
+    keys = jax.random.split(jax.random.key(0), 3)
+    narrow, wide, stack = (
+        jax.random.normal(key, shape).astype(dtype)
+        for key, shape in zip(
+            keys, [(ROWS, NARROW), (ROWS, WIDE), (len(sizes), NARROW, WIDE)], strict=True
+        )
     )
+    filled, counts = sum(sizes), jnp.asarray(sizes, jnp.int32)
+    # What is in rows of no group must not matter.
+    found = compiled(backend)(
+        narrow.at[filled:].set(jnp.nan), wide.at[filled:].set(jnp.nan), stack, counts
+    )
+    expected = (
+        grouped_matmul_reference(narrow, stack, counts, inputs_first=True),
+        grouped_matmul_reference(wide, stack, counts, inputs_first=False),
+        grouped_outer_reference(narrow, wide, counts, stack),
+    )
+    kept = slice(filled), slice(filled), slice(None)
+    for a, b, part in zip(found, expected, kept, strict=True):
+        assert a.dtype == b.dtype == dtype
+        a, b = (np.asarray(array[part], np.float32) for array in (a, b))
+        tolerance = 1e-5 if dtype == jnp.float32 else 2**-7
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max(initial=1))
+
+
+def test_a_bfloat16_gradient_is_added_to_a_float32_stack(backend):
+    left, right = (jnp.full((40, 8), value, jnp.bfloat16) for value in (1, 2**-4))
+    into = jnp.full((2, 8, 8), 1024, jnp.float32)
+    found = grouped_outer(left, right, jnp.array([33, 7]), into)
+    expected = 1024 + np.array([33, 7])[:, None, None] / 16 + np.zeros((2, 8, 8))
+    assert found.dtype == jnp.float32
+    assert (np.asarray(found) == expected).all()  # bfloat16 has no numbers between 1024 and 1032
+
+
+def test_visits_are_every_group_and_tile_that_share_a_row():
+    for sizes in SIZES.values():
+        visits = tpu.plan_visits(jnp.asarray(sizes), ROWS, 16)
+        group_of_row = np.repeat(np.arange(len(sizes)), sizes)
+        pairs = sorted({(g, n // 16) for n, g in enumerate(group_of_row)})
+        count = int(visits.count)
+        assert list(zip(*(a[:count].tolist() for a in visits[1:3]), strict=True)) == pairs
+        assert len(visits.group) == -(-ROWS // 16) + len(sizes) - 1 >= count
+        # The rest is moved by nobody, but must be there.
+        assert (visits.group < len(sizes)).all() and (visits.tile < -(-ROWS // 16)).all()
+
+
+def test_tiles_are_even_in_number_and_waste_no_column_if_they_can():
+    largest = {
+        (7168, 4096): 3584,
+        (7168, 2000): 1792,
+        (2048, 1024): 1024,
+        (1408, 1024): 768,  # 11 lanes: no even number of equal parts
+        (300, 4096): 256,
+        (100, 4096): 100,
+        (7168, 1): 128,
+    }
+    for (columns, most), part in largest.items():
+        assert tpu.columns_of_tile(columns, lambda wide, most=most: wide <= most) == part
+
+
+def test_a_tile_has_the_rows_that_a_group_has_on_average_within_bounds():
+    found = [tpu.rows_of_tile(*case) for case in [(98_304, 32), (4096, 32), (1024, 256), (1, 8)]]
+    assert found == [256, 128, 16, 16]
