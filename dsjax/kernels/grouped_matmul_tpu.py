@@ -34,8 +34,8 @@ MEMORY_LIMIT = 56 * 2**20
 """And with what the compiler adds. A core has 64 MiB on TPU7x, 128 on v5e and v6e."""
 
 LANES = 128
-ROWS = (16, 256)
-"""Rows of a tile, at least and at most. 256 keep the matrix unit busy while its weights change."""
+ROWS = (16, 128)
+"""Rows of a tile, at least and at most: a matrix unit takes 128 while it gets its next weights."""
 
 UNROLLED = 2**22
 """Numbers of a matrix in one product, which the compiler writes out step by step."""

@@ -1,5 +1,7 @@
-"""Products of groups of rows and their outer products equal their plain meaning, on every backend."""
+"""Products and outer products of groups of rows equal their plain meaning, on every backend."""
 
+import importlib.util
+import re
 from functools import cache, partial
 
 import jax
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
-from dsjax.kernels import experts as experts_kernel
+from dsjax.kernels import experts
 from dsjax.kernels import grouped_matmul_tpu as tpu
 from dsjax.kernels.grouped_matmul import (
     grouped_matmul,
@@ -128,5 +131,101 @@ def test_tiles_are_even_in_number_and_waste_no_column_if_they_can():
 
 
 def test_a_tile_has_the_rows_that_a_group_has_on_average_within_bounds():
-    found = [tpu.rows_of_tile(*case) for case in [(98_304, 32), (4096, 32), (1024, 256), (1, 8)]]
-    assert found == [256, 128, 16, 16]
+    found = [tpu.rows_of_tile(*case) for case in [(98_304, 32), (2048, 32), (1024, 256), (1, 8)]]
+    assert found == [128, 64, 16, 16]
+
+
+def test_the_compiler_is_told_the_operations_and_bytes_of_the_shapes():
+    """Rows are read once for each part of the columns, matrices and results once."""
+    rows, matrices, sizes = (
+        jax.ShapeDtypeStruct((1000, 512), jnp.bfloat16),
+        jax.ShapeDtypeStruct((4, 512, 768), jnp.bfloat16),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+    )
+    wide = jax.ShapeDtypeStruct((1000, 768), jnp.bfloat16)
+    into = jax.ShapeDtypeStruct((4, 512, 768), jnp.float32)
+    flops = 2 * 1000 * 512 * 768
+    matrix_bytes, row_bytes, wide_bytes = 4 * 512 * 768 * 2, 1000 * 512 * 2, 1000 * 768 * 2
+    product = partial(grouped_matmul, inputs_first=True)
+    assert told(product, rows, matrices, sizes) == {
+        "grouped_matmul": [(flops, 2 * row_bytes + matrix_bytes + wide_bytes)]
+    }
+    assert told(grouped_outer, rows, wide, sizes, into) == {
+        "grouped_outer": [(flops, 2 * row_bytes + 2 * wide_bytes + 2 * 2 * matrix_bytes)]
+    }
+
+
+def told(function, *arguments):
+    """By name, what a TPU's compiler hears of each kernel: operations and bytes."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+    kernels = {}
+    for line in text.splitlines():
+        if "tpu_custom_call" in line:
+            name = re.search(r'kernel_name = "(\w+)"', line)[1]
+            flops, moved = (
+                int(re.search(rf"{key}\\22:\s*(\d+)", line)[1])
+                for key in ("flops", "bytes_accessed")
+            )
+            kernels.setdefault(name, []).append((flops, moved))
+    return kernels
+
+
+def test_where_xla_splits_a_program_it_multiplies_itself():
+    """It cannot split a kernel; inside of a `shard_map` there is nothing left to split."""
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    arguments = (
+        jax.ShapeDtypeStruct((64, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+    )
+    product = partial(grouped_matmul, inputs_first=True)
+    by_hand = jax.shard_map(product, in_specs=P(), out_specs=P(), check_vma=False)
+    with jax.set_mesh(mesh):
+        assert told(product, *arguments) == {}
+        assert list(told(by_hand, *arguments)) == ["grouped_matmul"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the compiler for TPUs: pip install 'jax[tpu]'",
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_layer_compiles_for_a_tpu_and_copies_no_stack(dtype, monkeypatch):
+    """Forward and backward, for chips that are described only; sums are added to in place."""
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
+    place = jax.sharding.SingleDeviceSharding(chips.devices[0])
+    tokens, choices, groups, embed, width = 300, 3, 32, 768, 384
+
+    def shape(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    def stacks(dtype):
+        return SwiGLU(
+            shape(groups, width, embed, dtype=dtype),
+            shape(groups, width, embed, dtype=dtype),
+            shape(groups, embed, width, dtype=dtype),
+        )
+
+    def layer(x, weights, chosen, gates, dy, into):
+        order = sort_by_expert(chosen, groups)
+        y, before = experts.multiply(x, weights, order, gates)
+        return y, experts.multiply_gradient(x, weights, order, gates, before, dy, into)
+
+    arguments = (
+        shape(tokens, embed),
+        stacks(dtype),
+        shape(tokens, choices, dtype=jnp.int32),
+        shape(tokens * choices, dtype=jnp.float32),
+        shape(tokens, embed),
+        stacks(jnp.float32),
+    )
+    program = jax.jit(layer, donate_argnums=5).lower(*arguments).compile()
+    assert len(re.findall(r"custom_call_target=\"tpu_custom_call\"", program.as_text())) == 9
+    memory = program.memory_analysis()
+    one_stack = groups * width * embed * 4
+    assert memory.alias_size_in_bytes == 3 * one_stack
+    assert memory.temp_size_in_bytes < one_stack
