@@ -140,12 +140,14 @@ def _forward_grouped(
     x: Array, weights: SwiGLU, order: Order | VisitorOrder, gates: Array
 ) -> tuple[Array, tuple[Array, Array]]:
     h, u = _before(x[order.token_of_row], weights, order.sizes)
-    out = grouped_matmul(swiglu(h, u, gates), weights.down, order.sizes, inputs_first=False)
+    out = grouped_matmul(order.sizes, (swiglu(h, u, gates), weights.down), inputs_first=False)
     return order.sum_choices(out), (h, u)
 
 
 def _before(rows: Array, weights: SwiGLU, sizes: Array) -> tuple[Array, Array]:
-    h, u = (grouped_matmul(rows, m, sizes, inputs_first=False) for m in (weights.gate, weights.up))
+    h, u = (
+        grouped_matmul(sizes, (rows, m), inputs_first=False) for m in (weights.gate, weights.up)
+    )
     return h, u
 
 
@@ -161,10 +163,9 @@ def _backward_grouped(
     token, sizes = order.token_of_row, order.sizes
     rows, d_out = x[token], dy[token]
     h, u = _before(rows, weights, sizes) if before is None else before
-    d_inner = grouped_matmul(d_out, weights.down, sizes, inputs_first=True)
+    d_inner = grouped_matmul(sizes, (d_out, weights.down), inputs_first=True)
     inner, d_gate, d_up, d_gates = swiglu_gradient(h, u, gates, d_inner)
-    d_rows = grouped_matmul(d_gate, weights.gate, sizes, inputs_first=True)
-    d_rows += grouped_matmul(d_up, weights.up, sizes, inputs_first=True)
+    d_rows = grouped_matmul(sizes, (d_gate, weights.gate), (d_up, weights.up), inputs_first=True)
     d_weights = SwiGLU(
         grouped_outer(d_gate, rows, sizes, into.gate),
         grouped_outer(d_up, rows, sizes, into.up),

@@ -57,9 +57,10 @@ def _grouped(x: Array, weights: SwiGLU, scales: SwiGLU | None, order: Order, gat
     weights = _widened(weights, scales, x.dtype)  # All of a layer: a product wants them whole.
     rows = x[order.token_of_row]
     h, u = (
-        grouped_matmul(rows, w, order.sizes, inputs_first=True) for w in (weights.gate, weights.up)
+        grouped_matmul(order.sizes, (rows, w), inputs_first=True)
+        for w in (weights.gate, weights.up)
     )
-    return grouped_matmul(swiglu(h, u, gates), weights.down, order.sizes, inputs_first=True)
+    return grouped_matmul(order.sizes, (swiglu(h, u, gates), weights.down), inputs_first=True)
 
 
 def _in_blocks(

@@ -1,6 +1,6 @@
 """Products of groups of rows, each group with a matrix of its own; and the matrices' gradient.
 
-    out_n = rows_n W_g                               `grouped_matmul`, g the group of row n
+    out_n = rows_n W_g + rows'_n W'_g + ...          `grouped_matmul`, g the group of row n
     W_g   = into_g + sum over g's rows of a_n b_n^T  `grouped_outer`
 
 Groups lie one after the other, `sizes` rows each; an empty one is fine, and so are rows beyond the
@@ -14,6 +14,8 @@ to a product of every group with every row, goes block by block.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,18 +24,20 @@ from jaxtyping import Array, Float, Int
 from dsjax.kernels import grouped_matmul_tpu as tpu
 from dsjax.kernels.blocks import fold_blocks, fold_experts
 
+Factors = tuple[Float[Array, "N I"], Float[Array, "E A B"]]
+"""Rows, sorted by group, and the matrices of all groups; in one dtype."""
+
 
 def grouped_matmul_reference(
-    rows: Float[Array, "N I"],
-    matrices: Float[Array, "E A B"],
-    sizes: Int[Array, "E"],
-    *,
-    inputs_first: bool,
+    sizes: Int[Array, "E"], *factors: Factors, inputs_first: bool
 ) -> Float[Array, "N O"]:
     """The meaning of `grouped_matmul`: every row with its own copy of a matrix; 0 beyond groups."""
-    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
-    letters = "nio" if inputs_first else "noi"
-    out = jnp.einsum(f"ni,{letters}->no", rows, matrices.at[group].get(mode="clip"))
+    places = jnp.arange(len(factors[0][0]))
+    group = jnp.searchsorted(jnp.cumsum(sizes), places, side="right")
+    letters = "ni,nio->no" if inputs_first else "ni,noi->no"
+    out = sum(
+        jnp.einsum(letters, rows, matrices.at[group].get(mode="clip")) for rows, matrices in factors
+    )
     return jnp.where((group < len(sizes))[:, None], out, 0)
 
 
@@ -50,30 +54,27 @@ def grouped_outer_reference(
 
 
 def grouped_matmul(
-    rows: Float[Array, "N I"],
-    matrices: Float[Array, "E A B"],
-    sizes: Int[Array, "E"],
-    *,
-    inputs_first: bool,
+    sizes: Int[Array, "E"], *factors: Factors, inputs_first: bool
 ) -> Float[Array, "N O"]:
-    """Each row times the matrix of its group, in the dtype of `rows`.
+    """Each row times the matrix of its group, in the dtype of the rows; the sum of such products.
 
     Args:
-        rows: sorted by group.
-        matrices: in the dtype of `rows`.
         sizes: rows of each group, N in all or fewer; what is beyond is undefined in the result.
+        factors: one product each, all of the same shapes.
         inputs_first: matrices are [E, I, O]; otherwise [E, O, I].
     """
 
-    def pallas(rows: Array, matrices: Array, sizes: Array) -> Array:
-        return tpu.grouped_matmul(rows, matrices, sizes, inputs_first=inputs_first)
-
-    def ragged(rows: Array, matrices: Array, sizes: Array) -> Array:
-        return lax.ragged_dot(rows, matrices if inputs_first else matrices.swapaxes(1, 2), sizes)
+    def ragged(sizes: Array, *factors: tuple[Array, Array]) -> Array:
+        first, *others = (
+            lax.ragged_dot(rows, matrices if inputs_first else matrices.swapaxes(1, 2), sizes)
+            for rows, matrices in factors
+        )
+        return sum(others, start=first)
 
     if not _alone():
-        return ragged(rows, matrices, sizes)
-    return lax.platform_dependent(rows, matrices, sizes, tpu=pallas, default=ragged)
+        return ragged(sizes, *factors)
+    pallas = partial(tpu.grouped_matmul, inputs_first=inputs_first)
+    return lax.platform_dependent(sizes, *factors, tpu=pallas, default=ragged)
 
 
 def grouped_outer(

@@ -97,32 +97,34 @@ def columns_of_tile(columns: int, fits: Callable[[int], bool]) -> int:
     return LANES
 
 
-def grouped_matmul(rows: Array, matrices: Array, sizes: Array, *, inputs_first: bool) -> Array:
+def grouped_matmul(sizes: Array, *factors: tuple[Array, Array], inputs_first: bool) -> Array:
     """`dsjax.kernels.grouped_matmul.grouped_matmul` on a TPU."""
+    (rows, matrices), *_ = factors
     count, inputs = rows.shape
     outputs = matrices.shape[2 if inputs_first else 1]
     size = rows.dtype.itemsize
     tall = rows_of_tile(count, len(sizes))
-    wide = columns_of_tile(
-        outputs, lambda wide: 2 * size * (wide * inputs + tall * (wide + inputs)) <= MEMORY
-    )
-    visits = plan_visits(sizes, count, tall)
-    block = (None, inputs, wide) if inputs_first else (None, wide, inputs)
+
+    def fits(wide: int) -> bool:
+        return 2 * size * (len(factors) * inputs * (wide + tall) + tall * wide) <= MEMORY
 
     def matrix(part: Array, visit: Array, begins: Any, group: Any, tile: Any) -> tuple[Any, ...]:
         return (group[visit], 0, part) if inputs_first else (group[visit], part, 0)
 
+    wide = columns_of_tile(outputs, fits)
     parts = pl.cdiv(outputs, wide)
+    visits = plan_visits(sizes, count, tall)
+    inside = [
+        pl.BlockSpec((tall, inputs), lambda part, visit, _, __, tile: (tile[visit], 0)),
+        pl.BlockSpec((None, inputs, wide) if inputs_first else (None, wide, inputs), matrix),
+    ]
     return pl.pallas_call(
         partial(_multiply, inputs_first=inputs_first),
         out_shape=jax.ShapeDtypeStruct((count, outputs), rows.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(parts, visits.count),
-            in_specs=[
-                pl.BlockSpec((tall, inputs), lambda part, visit, _, __, tile: (tile[visit], 0)),
-                pl.BlockSpec(block, matrix),
-            ],
+            in_specs=inside * len(factors),
             out_specs=pl.BlockSpec(
                 (tall, wide), lambda part, visit, _, __, tile: (tile[visit], part)
             ),
@@ -131,33 +133,35 @@ def grouped_matmul(rows: Array, matrices: Array, sizes: Array, *, inputs_first: 
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * count * inputs * outputs,
-            bytes_accessed=rows.nbytes * parts + matrices.nbytes + size * count * outputs,
+            flops=2 * count * inputs * outputs * len(factors),
+            bytes_accessed=len(factors) * (rows.nbytes * parts + matrices.nbytes)
+            + size * count * outputs,
             transcendentals=0,
         ),
         name="grouped_matmul",
-    )(*visits[:3], rows, matrices)
+    )(*visits[:3], *(array for pair in factors for array in pair))
 
 
-def _multiply(
-    begins: Any, group: Any, tile: Any, rows: Any, matrix: Any, out: Any, *, inputs_first: bool
-) -> None:
+def _multiply(begins: Any, group: Any, tile: Any, *blocks: Any, inputs_first: bool) -> None:
     """One visit: a part of the columns of those of a tile's rows that are of this group."""
-    wide, inputs = out.shape[1], rows.shape[1]
+    *factors, out = blocks
+    tall, wide = out.shape
     chunk = wide
-    while chunk % (2 * LANES) == 0 and chunk * inputs > UNROLLED:
+    while chunk % (2 * LANES) == 0 and chunk * factors[0].shape[1] > UNROLLED:
         chunk //= 2
-    own = _own_rows(pl.program_id(1), begins, group, tile, (rows.shape[0], chunk))
+    own = _own_rows(pl.program_id(1), begins, group, tile, (tall, chunk))
+    contract = (((1,), (0 if inputs_first else 1,)), ((), ()))
 
     @pl.loop(0, wide, step=chunk)
     def _(at: Array) -> None:
         columns = pl.ds(pl.multiple_of(at, chunk), chunk)
-        part = matrix[:, columns] if inputs_first else matrix[columns, :]
-        contract = (((1,), (0 if inputs_first else 1,)), ((), ()))
-        product = lax.dot_general(rows[...], part, contract, preferred_element_type=jnp.float32)
+        total = jnp.zeros((tall, chunk), jnp.float32)
+        for rows, matrix in zip(factors[::2], factors[1::2], strict=True):
+            part = matrix[:, columns] if inputs_first else matrix[columns, :]
+            total += lax.dot_general(rows[...], part, contract, preferred_element_type=jnp.float32)
         # What is there is of the groups before, whose visits of this tile came just now.
         there = out[:, columns].astype(jnp.float32)
-        out[:, columns] = jnp.where(own, product, there).astype(out.dtype)
+        out[:, columns] = jnp.where(own, total, there).astype(out.dtype)
 
 
 def _own_rows(visit: Any, begins: Any, group: Any, tile: Any, shape: tuple[int, int]) -> Array:

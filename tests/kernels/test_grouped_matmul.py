@@ -59,8 +59,8 @@ def compiled(backend):
     @jax.jit
     def run(narrow, wide, stack, sizes):
         return (
-            grouped_matmul(narrow, stack, sizes, inputs_first=True),
-            grouped_matmul(wide, stack, sizes, inputs_first=False),
+            grouped_matmul(sizes, (narrow, stack), inputs_first=True),
+            grouped_matmul(sizes, (wide, stack), (2 * wide, stack + 1), inputs_first=False),
             grouped_outer(narrow, wide, sizes, stack),
         )
 
@@ -83,8 +83,8 @@ def test_products_equal_their_meaning(sizes, dtype, backend):
         narrow.at[filled:].set(jnp.nan), wide.at[filled:].set(jnp.nan), stack, counts
     )
     expected = (
-        grouped_matmul_reference(narrow, stack, counts, inputs_first=True),
-        grouped_matmul_reference(wide, stack, counts, inputs_first=False),
+        grouped_matmul_reference(counts, (narrow, stack), inputs_first=True),
+        grouped_matmul_reference(counts, (wide, stack), (2 * wide, stack + 1), inputs_first=False),
         grouped_outer_reference(narrow, wide, counts, stack),
     )
     kept = slice(filled), slice(filled), slice(None)
@@ -147,8 +147,11 @@ def test_the_compiler_is_told_the_operations_and_bytes_of_the_shapes():
     flops = 2 * 1000 * 512 * 768
     matrix_bytes, row_bytes, wide_bytes = 4 * 512 * 768 * 2, 1000 * 512 * 2, 1000 * 768 * 2
     product = partial(grouped_matmul, inputs_first=True)
-    assert told(product, rows, matrices, sizes) == {
+    assert told(product, sizes, (rows, matrices)) == {
         "grouped_matmul": [(flops, 2 * row_bytes + matrix_bytes + wide_bytes)]
+    }
+    assert told(product, sizes, (rows, matrices), (rows, matrices)) == {
+        "grouped_matmul": [(2 * flops, 2 * (2 * row_bytes + matrix_bytes) + wide_bytes)]
     }
     assert told(grouped_outer, rows, wide, sizes, into) == {
         "grouped_outer": [(flops, 2 * row_bytes + 2 * wide_bytes + 2 * 2 * matrix_bytes)]
@@ -173,11 +176,9 @@ def told(function, *arguments):
 def test_where_xla_splits_a_program_it_multiplies_itself():
     """It cannot split a kernel; inside of a `shard_map` there is nothing left to split."""
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    arguments = (
-        jax.ShapeDtypeStruct((64, 128), jnp.bfloat16),
-        jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16),
-        jax.ShapeDtypeStruct((4,), jnp.int32),
-    )
+    rows = jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)
+    matrices = jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16)
+    arguments = jax.ShapeDtypeStruct((4,), jnp.int32), (rows, matrices)
     product = partial(grouped_matmul, inputs_first=True)
     by_hand = jax.shard_map(product, in_specs=P(), out_specs=P(), check_vma=False)
     with jax.set_mesh(mesh):
@@ -224,7 +225,7 @@ def test_a_layer_compiles_for_a_tpu_and_copies_no_stack(dtype, monkeypatch):
         stacks(jnp.float32),
     )
     program = jax.jit(layer, donate_argnums=5).lower(*arguments).compile()
-    assert len(re.findall(r"custom_call_target=\"tpu_custom_call\"", program.as_text())) == 9
+    assert len(re.findall(r"custom_call_target=\"tpu_custom_call\"", program.as_text())) == 8
     memory = program.memory_analysis()
     one_stack = groups * width * embed * 4
     assert memory.alias_size_in_bytes == 3 * one_stack
