@@ -34,8 +34,8 @@ MEMORY_LIMIT = 56 * 2**20
 """And with what the compiler adds. A core has 64 MiB on TPU7x, 128 on v5e and v6e."""
 
 LANES = 128
-ROWS = (16, 128)
-"""Rows of a tile, at least and at most: a matrix unit takes 128 while it gets its next weights."""
+FEWEST_ROWS = 16
+"""Of a tile: bfloat16 comes in sixteens."""
 
 UNROLLED = 2**22
 """Numbers of a matrix in one product, which the compiler writes out step by step."""
@@ -74,12 +74,23 @@ def plan_visits(sizes: Int[Array, "E"], rows: int, tile: int) -> Visits:
 
 
 def rows_of_tile(rows: int, groups: int) -> int:
-    """As many as a group has on average, a power of two within `ROWS`: few groups share a tile."""
-    least, most = ROWS
-    tile = most
-    while tile > least and tile * groups > rows:
+    """As many as a group has on average, a power of two: few groups share a tile then.
+
+    At most the width of the chip's matrix unit. That many rows keep it busy while it gets its next
+    weights, and in an outer product they fill it; more would be computed twice where groups meet.
+    """
+    tile = _matrix_unit()
+    while tile > FEWEST_ROWS and tile * groups > rows:
         tile //= 2
     return tile
+
+
+def _matrix_unit() -> int:
+    """Its width, of the mesh's chips, or of jax's own where there is no mesh; or v5's.
+
+    There may be no such chip: the kernels of a TPU are traced, not compiled, on every backend.
+    """
+    return pltpu.get_tpu_info().mxu_column_size if pltpu.is_tpu_device() else LANES
 
 
 def columns_of_tile(columns: int, fits: Callable[[int], bool]) -> int:

@@ -130,9 +130,18 @@ def test_tiles_are_even_in_number_and_waste_no_column_if_they_can():
         assert tpu.columns_of_tile(columns, lambda wide, most=most: wide <= most) == part
 
 
-def test_a_tile_has_the_rows_that_a_group_has_on_average_within_bounds():
-    found = [tpu.rows_of_tile(*case) for case in [(98_304, 32), (2048, 32), (1024, 256), (1, 8)]]
-    assert found == [128, 64, 16, 16]
+@pytest.mark.parametrize(
+    ("chip", "widest"),
+    [(("TPU v5p", 2, "tpu"), 128), (("TPU7x", 1, "tpu"), 256), (("cpu", None, "cpu"), 128)],
+)
+def test_a_tile_has_the_rows_of_a_group_on_average_or_of_the_matrix_unit(chip, widest):
+    """The chips are those of the mesh; where they are no TPU's, nothing is compiled for one."""
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("x",), abstract_device=jax.sharding.AbstractDevice(*chip)
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        cases = [(98_304, 32), (2048, 32), (1024, 256), (1, 8)]
+        assert [tpu.rows_of_tile(*case) for case in cases] == [widest, 64, 16, 16]
 
 
 def test_the_compiler_is_told_the_operations_and_bytes_of_the_shapes():
