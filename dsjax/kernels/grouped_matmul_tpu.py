@@ -31,7 +31,7 @@ MEMORY = 40 * 2**20
 """Bytes that the blocks of a kernel may take, each twice: one is computed while one is moved."""
 
 MEMORY_LIMIT = 56 * 2**20
-"""And with what the compiler adds. A core has 64 MiB on TPU7x, 128 on v5e and v6e."""
+"""And with what the compiler adds. A core has 64 MiB on v5p and TPU7x, 128 on v5e and v6e."""
 
 LANES = 128
 FEWEST_ROWS = 16
@@ -40,9 +40,8 @@ FEWEST_ROWS = 16
 UNROLLED = 2**22
 """Numbers of a matrix in one product, which the compiler writes out step by step."""
 
-
-SQUARE = 1024
-"""Columns that a tile of a sum has, if it can, on its second side when its first is chosen."""
+SIDE = 1024
+"""Columns of a sum's tile on its second side for which the first leaves room."""
 
 
 class Visits(NamedTuple):
@@ -194,7 +193,7 @@ def grouped_outer(left: Array, right: Array, sizes: Array, into: Array) -> Array
     def fits(high: int, wide: int) -> bool:
         return each * high * wide + 2 * size * tall * (high + wide) <= MEMORY
 
-    high = columns_of_tile(left.shape[1], lambda high: fits(high, SQUARE))
+    high = columns_of_tile(left.shape[1], lambda high: fits(high, SIDE))
     wide = columns_of_tile(right.shape[1], lambda wide: fits(high, wide))
     parts = pl.cdiv(left.shape[1], high), pl.cdiv(right.shape[1], wide)
     visits = plan_visits(sizes, count, tall)

@@ -155,7 +155,7 @@ def test_bfloat16_stays_close_and_keeps_its_dtype():
     assert_close(found, jax.tree.leaves(one_device(6)(x, weights, experts, gates, dy)), 0.03)
 
 
-@pytest.mark.parametrize("chip", ["tpu", "default"])
+@pytest.mark.parametrize("chip", [pytest.param("tpu", marks=pytest.mark.slow), "default"])
 def test_the_path_of_accelerators_is_exact_too(chip, monkeypatch):
     """Ragged exchanges, by an emulation of what they document; a TPU's kernels, or `ragged_dot`.
 
