@@ -7,9 +7,8 @@ Matrices keep the released layout [experts, out, in]. No pair is dropped: memory
 rows at any imbalance. The backward pass finds x and the two pre-activations and makes the rest
 again (DeepSeek-V3, arXiv:2412.19437, section 3.3.3, keeps the same).
 
-On a CPU, XLA lowers `jax.lax.ragged_dot` to a product of every group with every row;
-`experts_blocked` does only the useful work there. Elsewhere `ragged_dot` is used, but for the
-matrices' gradients, which XLA expands in the same way on a TPU: they go block by block.
+On a CPU, XLA lowers a grouped product to one of every group with every row; `experts_blocked` does
+only the useful work there. Elsewhere rows are gathered, and `grouped_matmul` multiplies them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import experts_blocked
-from dsjax.kernels.blocks import fold_blocks, fold_experts
+from dsjax.kernels.grouped_matmul import grouped_matmul, grouped_outer
 from dsjax.kernels.permutation import Order, VisitorOrder, sort_by_expert
 from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
 
@@ -100,7 +99,7 @@ def multiply(
     Pairs stand as `order` sorts them, and so do their gates.
     """
     return lax.platform_dependent(
-        x, weights, order, gates, cpu=experts_blocked.forward, default=_forward_ragged
+        x, weights, order, gates, cpu=experts_blocked.forward, default=_forward_grouped
     )
 
 
@@ -128,30 +127,31 @@ def multiply_gradient(
         dy,
         into,
         cpu=experts_blocked.backward,
-        default=_backward_ragged,
+        default=_backward_grouped,
     )
 
 
 # ---------------------------------------------------------------------------------------------
-# TPU and GPU: XLA's own grouped products
+# TPU and GPU: grouped products
 # ---------------------------------------------------------------------------------------------
 
 
-def _forward_ragged(
+def _forward_grouped(
     x: Array, weights: SwiGLU, order: Order | VisitorOrder, gates: Array
 ) -> tuple[Array, tuple[Array, Array]]:
     h, u = _before(x[order.token_of_row], weights, order.sizes)
-    inner = swiglu(h, u, gates)
-    out = lax.ragged_dot(inner, weights.down.swapaxes(1, 2), order.sizes)
+    out = grouped_matmul(order.sizes, (swiglu(h, u, gates), weights.down), inputs_first=False)
     return order.sum_choices(out), (h, u)
 
 
 def _before(rows: Array, weights: SwiGLU, sizes: Array) -> tuple[Array, Array]:
-    h, u = (lax.ragged_dot(rows, m.swapaxes(1, 2), sizes) for m in (weights.gate, weights.up))
+    h, u = (
+        grouped_matmul(sizes, (rows, m), inputs_first=False) for m in (weights.gate, weights.up)
+    )
     return h, u
 
 
-def _backward_ragged(
+def _backward_grouped(
     x: Array,
     weights: SwiGLU,
     order: Order | VisitorOrder,
@@ -163,39 +163,12 @@ def _backward_ragged(
     token, sizes = order.token_of_row, order.sizes
     rows, d_out = x[token], dy[token]
     h, u = _before(rows, weights, sizes) if before is None else before
-    d_inner = lax.ragged_dot(d_out, weights.down, sizes)
+    d_inner = grouped_matmul(sizes, (d_out, weights.down), inputs_first=True)
     inner, d_gate, d_up, d_gates = swiglu_gradient(h, u, gates, d_inner)
-    d_rows = lax.ragged_dot(d_gate, weights.gate, sizes) + lax.ragged_dot(d_up, weights.up, sizes)
+    d_rows = grouped_matmul(sizes, (d_gate, weights.gate), (d_up, weights.up), inputs_first=True)
     d_weights = SwiGLU(
-        _add_outer(into.gate, d_gate, rows, sizes),
-        _add_outer(into.up, d_up, rows, sizes),
-        _add_outer(into.down, d_out, inner, sizes),
+        grouped_outer(d_gate, rows, sizes, into.gate),
+        grouped_outer(d_up, rows, sizes, into.up),
+        grouped_outer(d_out, inner, sizes, into.down),
     )
     return order.sum_choices(d_rows), d_weights, d_gates
-
-
-OUTER_BLOCKS = (2048, 256)
-"""Rows of one product for the matrices' gradients: many, since each reads and writes the sum."""
-
-
-def _add_outer(stack: Array, dy: Array, x: Array, sizes: Array) -> Array:
-    """stack [E, out, in] and dy^T x of each expert's rows, added up in float32."""
-
-    def one_expert(expert: Array, begin: Array, size: Array, stack: Array) -> Array:
-        def one_block(at: Array, count: int, total: Array) -> Array:
-            first = jnp.minimum(at, len(x) - count)
-            row = first + jnp.arange(count)
-            mine = ((row >= at) & (row < begin + size))[:, None]
-            # Both: what is beyond the last expert's rows is undefined, and 0 times that may be NaN.
-            a, b = (
-                jnp.where(mine, lax.dynamic_slice_in_dim(rows, first, count), 0) for rows in (dy, x)
-            )
-            return total + lax.dot_general(
-                a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-            )
-
-        blocks = tuple(min(count, len(x)) for count in OUTER_BLOCKS)
-        total = fold_blocks(begin, size, blocks, one_block, stack[expert].astype(jnp.float32))
-        return stack.at[expert].set(total.astype(stack.dtype))
-
-    return fold_experts(sizes, one_expert, stack)

@@ -3,7 +3,7 @@
     y_t = sum_k g_tk W_down^e (silu(W_gate^e x_t) * W_up^e x_t),   e = experts_tk
 
 Matrices lie with their inputs first, [experts, in, out]: a few rows are multiplied by them half
-again as fast on a CPU, and it is the layout of `jax.lax.ragged_dot`, which other backends use.
+again as fast on a CPU, and on others `grouped_matmul` takes either layout.
 `experts.routed_experts_reference` is the meaning of both.
 """
 
@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels.blocks import BLOCKS, fold_blocks, fold_experts
+from dsjax.kernels.grouped_matmul import grouped_matmul
 from dsjax.kernels.permutation import Order, sort_by_expert
 from dsjax.kernels.swiglu import SwiGLU, swiglu
 from dsjax.numerics.fp8 import dequantize_blocks
@@ -41,7 +42,7 @@ def apply_experts(
     order = sort_by_expert(experts, weights.gate.shape[0])
     gate_of_row = gates.ravel()[order.pair_of_row]
     rows = lax.platform_dependent(
-        x, weights, scales, order, gate_of_row, cpu=_in_blocks, default=_ragged
+        x, weights, scales, order, gate_of_row, cpu=_in_blocks, default=_grouped
     )
     return order.sum_choices(rows)
 
@@ -52,11 +53,14 @@ def _widened(weights: SwiGLU, scales: SwiGLU | None, dtype: Any) -> SwiGLU:
     return SwiGLU(*(dequantize_blocks(w, s, dtype) for w, s in zip(weights, scales, strict=True)))
 
 
-def _ragged(x: Array, weights: SwiGLU, scales: SwiGLU | None, order: Order, gates: Array) -> Array:
-    weights = _widened(weights, scales, x.dtype)  # All of a layer: `ragged_dot` wants them whole.
+def _grouped(x: Array, weights: SwiGLU, scales: SwiGLU | None, order: Order, gates: Array) -> Array:
+    weights = _widened(weights, scales, x.dtype)  # All of a layer: a product wants them whole.
     rows = x[order.token_of_row]
-    h, u = (lax.ragged_dot(rows, w, order.sizes) for w in (weights.gate, weights.up))
-    return lax.ragged_dot(swiglu(h, u, gates), weights.down, order.sizes)
+    h, u = (
+        grouped_matmul(order.sizes, (rows, w), inputs_first=True)
+        for w in (weights.gate, weights.up)
+    )
+    return grouped_matmul(order.sizes, (swiglu(h, u, gates), weights.down), inputs_first=True)
 
 
 def _in_blocks(

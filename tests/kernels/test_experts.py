@@ -1,10 +1,13 @@
 """The routed experts equal their plain meaning, forward and backward, however tokens are spread."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 
 from dsjax.kernels import experts as kernel
 from dsjax.kernels import experts_blocked
@@ -75,15 +78,22 @@ def test_routed_experts_equal_their_meaning(tokens, choices, spread):
     assert_close(value_and_gradients(routed_experts, *arguments), expected, 1e-5)
 
 
-def test_the_path_of_accelerators_equals_the_blocked_one(monkeypatch):
+@pytest.mark.parametrize("chip", ["tpu", "default"])
+def test_the_path_of_accelerators_equals_the_blocked_one(chip, monkeypatch):
+    """The kernels of a TPU are interpreted; what they leave undefined is NaN."""
     arguments = inputs(50, 3, spread="some empty")
     blocked = value_and_gradients(routed_experts, *arguments)
-    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+    monkeypatch.setattr(
+        lax,
+        "platform_dependent",
+        lambda *xs, default, **others: others.get(chip, default)(*xs),
+    )
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(experts_blocked, "forward", None)
     jax.clear_caches()
-    ragged = value_and_gradients(routed_experts, *arguments)
+    grouped = value_and_gradients(routed_experts, *arguments)
     jax.clear_caches()
-    assert_close(ragged, blocked, 1e-5)
+    assert_close(grouped, blocked, 1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "choices", "spread"), CASES)
@@ -93,7 +103,7 @@ def test_experts_without_a_gradient_equal_their_meaning(tokens, choices, spread,
     expected = routed_experts_reference(x, weights, experts, gates)
     turned = SwiGLU(*(matrix.swapaxes(1, 2) for matrix in weights))
     assert_close([jax.jit(apply_experts)(x, turned, experts, gates)], [expected], 1e-5)
-    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, default, **_: default(*xs))
     assert_close([apply_experts(x, turned, experts, gates)], [expected], 1e-5)
 
 
@@ -113,7 +123,7 @@ def test_experts_in_fp8_are_bitwise_those_that_were_widened(dtype, monkeypatch):
         found = run(x, values, experts, gates, scales)
         assert (found == run(x, wide, experts, gates)).all()
         assert jnp.abs(found.astype(jnp.float32)).max() > 1
-        monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+        monkeypatch.setattr(lax, "platform_dependent", lambda *xs, default, **_: default(*xs))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.bfloat16])

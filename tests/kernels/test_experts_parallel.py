@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from dsjax.kernels.experts import routed_experts
@@ -154,9 +155,18 @@ def test_bfloat16_stays_close_and_keeps_its_dtype():
     assert_close(found, jax.tree.leaves(one_device(6)(x, weights, experts, gates, dy)), 0.03)
 
 
-def test_the_path_of_accelerators_is_exact_too(monkeypatch):
-    """Ragged exchanges, by an emulation of what they document, and `ragged_dot`."""
-    monkeypatch.setattr(lax, "platform_dependent", lambda *xs, cpu, default: default(*xs))
+@pytest.mark.parametrize("chip", [pytest.param("tpu", marks=pytest.mark.slow), "default"])
+def test_the_path_of_accelerators_is_exact_too(chip, monkeypatch):
+    """Ragged exchanges, by an emulation of what they document; a TPU's kernels, or `ragged_dot`.
+
+    The kernels are interpreted, and leave rows of no pair NaN.
+    """
+
+    def choose(*arguments, default, **others):
+        return others.get(chip, default)(*arguments)
+
+    monkeypatch.setattr(lax, "platform_dependent", choose)
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(lax, "ragged_all_to_all", emulate)
     compiled = over.__wrapped__(4, 6)
     monkeypatch.undo()
