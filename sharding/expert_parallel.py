@@ -33,8 +33,7 @@ SLACK = 1.5
 """A window's room over the pairs that it would hold if tokens spread evenly."""
 
 EIGHT = 8
-"""Lists of pairs are as long as a multiple of it: XLA's grouped product on a TPU takes rows in
-eights, and multiplies each row by all matrices where they are another number."""
+"""Lists of pairs are as long as a multiple of it: tiles of rows on a TPU are."""
 
 
 class Room(NamedTuple):

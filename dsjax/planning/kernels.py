@@ -74,17 +74,20 @@ def _numbers(inputs: list[Array], chip: Chip) -> str:
 def _grouped(inputs: list[Array], results: list[Array]) -> float:
     """Operations of a grouped matmul or of its weight gradient; 0 for any other kernel.
 
-    [rows, k] x [groups, k, n] -> [rows, n], or [rows, k] x [rows, n] -> [groups, k, n].
+    [rows, k] x [groups, k, n] -> [rows, n], a sum of such products where it takes more stacks, or
+    [rows, k] x [rows, n] -> [groups, k, n], to which it may add a stack that it takes.
     """
     counts = [sizes[0] for dtype, sizes in inputs if dtype == "s32" and len(sizes) == 1]
     rows = [sizes[0] for dtype, sizes in inputs if dtype != "s32" and len(sizes) == 2]
-    stacks = [sizes for _, sizes in inputs + results if len(sizes) == 3]
+    taken = [sizes for _, sizes in inputs if len(sizes) == 3]
+    stacks = taken + [sizes for _, sizes in results if len(sizes) == 3]
     if not rows or not stacks or stacks[0][0] + 1 not in counts:
         return 0
     groups, *matrix = stacks[0]
     visits = max((count for count in counts if counts.count(count) > 1), default=0)
     tiles = visits - (groups - 1)
-    return 2 * rows[0] * math.prod(matrix) * visits / tiles if tiles > 0 else 0
+    products = max(len(taken), 1)
+    return 2 * products * rows[0] * math.prod(matrix) * visits / tiles if tiles > 0 else 0
 
 
 def _attention(call: Instruction, inputs: list[Array], results: list[Array], chip: Chip) -> float:

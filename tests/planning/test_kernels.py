@@ -22,18 +22,25 @@ GRID = ["s32[9]{0}", "s32[11]{0}", "s32[11]{0}", "s32[1]{0}"]
 """Of 8 groups: 4 tiles of rows are visited 11 times, once more for each border between groups."""
 
 
+NARROW, WIDE, STACK = "bf16[512,32]{1,0}", "bf16[512,64]{1,0}", "bf16[8,32,64]{2,1,0}"
+
+
 @pytest.mark.parametrize(
-    ("result", "operands"),
+    ("result", "operands", "products"),
     [
-        ("bf16[512,64]{1,0}", ["bf16[512,32]{1,0}", "bf16[8,32,64]{2,1,0}"]),
-        ("bf16[512,32]{1,0}", ["bf16[512,64]{1,0}", "bf16[8,32,64]{2,1,0}"]),
-        ("bf16[8,32,64]{2,1,0}", ["bf16[512,32]{1,0}", "bf16[512,64]{1,0}"]),
+        (WIDE, [NARROW, STACK], 1),
+        (NARROW, [WIDE, STACK], 1),
+        (NARROW, [WIDE, STACK, WIDE, STACK], 2),
+        (STACK, [NARROW, WIDE], 1),
+        (STACK, [NARROW, WIDE, STACK], 1),
     ],
 )
-def test_a_grouped_matmul_pays_for_tiles_that_it_reads_again(result: str, operands: list[str]):
+def test_a_grouped_matmul_pays_for_tiles_that_it_reads_again(
+    result: str, operands: list[str], products: int
+):
     found = call("gmm", result, [*GRID, *operands])
     assert found.kind == GROUPED
-    assert found.flops == 2 * 512 * 32 * 64 * 11 / 4
+    assert found.flops == products * 2 * 512 * 32 * 64 * 11 / 4
 
 
 QKV = [f"bf16[2,16,1024,{width}]{{3,2,1,0}}" for width in (192, 192, 128)]
