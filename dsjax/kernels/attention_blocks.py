@@ -8,11 +8,14 @@ heads before their places, and places in whole blocks.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.kernels.turns import usual_turns
 
 BLOCK = 128
 """Queries and keys of one block: 64 KiB of scores a head, which stay in a core's cache."""
@@ -109,7 +112,8 @@ def attend(running: Running, queries: Queries, keys: Keys, scale: float) -> Runn
         total = running.total * shrink + weights.sum(-1)
         return Running(higher, total, running.out * shrink[..., None] + added)
 
-    return lax.fori_loop(0, _seen(queries, keys), key_block, running)
+    with _half_of(keys):
+        return lax.fori_loop(0, _seen(queries, keys), key_block, running)
 
 
 def attend_backward(
@@ -133,7 +137,8 @@ def attend_backward(
         d_q += jnp.einsum("bhqk,bhkd->bhqd", d_scores, k_j, preferred_element_type=jnp.float32)
         return d_q, d_k, d_v
 
-    return lax.fori_loop(0, _seen(queries, keys), key_block, grads)
+    with _half_of(keys):
+        return lax.fori_loop(0, _seen(queries, keys), key_block, grads)
 
 
 def block(x: Array, index: Array | int, dim: int = 2) -> Array:
@@ -149,6 +154,11 @@ def put_block(x: Array, new: Array, index: Array | int) -> Array:
 def _seen(queries: Queries, keys: Keys) -> Array:
     """How many of the chunk's blocks are not after the queries'."""
     return jnp.clip(queries.place - keys.place + 1, 0, keys.k.shape[2] // BLOCK)
+
+
+def _half_of(keys: Keys) -> AbstractContextManager[None]:
+    """Queries meet half of all blocks, and half of one more: of each chunk, on average."""
+    return usual_turns((keys.k.shape[2] // BLOCK + 1) // 2)
 
 
 def _allowed(queries: Queries, keys: Keys, j: Array) -> Bool[Array, "B 1 Q K"]:

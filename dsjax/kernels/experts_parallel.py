@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.kernels.experts import multiply, multiply_gradient
 from dsjax.kernels.permutation import VisitorOrder, sort_visitors
 from dsjax.kernels.swiglu import SwiGLU
+from dsjax.kernels.turns import usual_turns
 from sharding.expert_parallel import Journey, Window, exchange, exchange_whole, plan_journey
 
 Sums = TypeVar("Sums")
@@ -136,10 +137,16 @@ def _fold_rounds(
     (the shared expert). A CPU overlaps nothing, and has less to compile where all are in the loop.
     """
     rounds = journey.rounds()
+
+    def with_first_outside(sums: Sums) -> Sums:
+        sums = one_round(0, sums)
+        with usual_turns(0):
+            return lax.fori_loop(1, rounds, one_round, sums)
+
     return lax.platform_dependent(
         start,
         cpu=lambda sums: lax.fori_loop(0, rounds, one_round, sums),
-        default=lambda sums: lax.fori_loop(1, rounds, one_round, one_round(0, sums)),
+        default=with_first_outside,
     )
 
 

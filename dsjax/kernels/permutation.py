@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsjax.kernels.turns import usual_turns
+
 CHUNK = 1024
 """Rows whose pairs are added up at a time, of all senders together."""
 
@@ -78,12 +80,14 @@ class VisitorOrder(NamedTuple):
                 return total + rows.at[row].get(mode="fill", fill_value=0).astype(jnp.float32)
 
             total = jnp.zeros((senders, chunk, rows.shape[1]), jnp.float32)
-            total = lax.fori_loop(0, pairs.max(), one_choice, total)
+            with usual_turns(-(-self.row_of_pair.shape[1] // room)):
+                total = lax.fori_loop(0, pairs.max(), one_choice, total)
             return lax.dynamic_update_slice_in_dim(y, total.astype(y.dtype), at, axis=1)
 
         longest = (self.pairs > 0).sum(1).max()
         y = jnp.zeros((senders, room, rows.shape[1]), rows.dtype)
-        y = lax.fori_loop(0, (longest + chunk - 1) // chunk, one_chunk, y)
+        with usual_turns(-(-room // chunk)):  # no more than that, as a rule a little less
+            y = lax.fori_loop(0, (longest + chunk - 1) // chunk, one_chunk, y)
         return y.reshape(senders * room, rows.shape[1])
 
 

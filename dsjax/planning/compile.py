@@ -80,7 +80,9 @@ def compile_once(lowered: jax.stages.Lowered, folder: Path) -> Compiled:
 
     Kept in `folder` as DIGEST.json and, beside it, DIGEST.hlo.gz.
     """
-    asked = [lowered.as_text(), versions(), {flag: os.environ.get(flag, "") for flag in FLAGS}]
+    # With the names in it: they tell how often loops turn.
+    named = lowered.as_text(debug_info=True)
+    asked = [named, versions(), {flag: os.environ.get(flag, "") for flag in FLAGS}]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
     record, program = folder / f"{digest}.json", folder / f"{digest}.hlo.gz"
     if record.exists():

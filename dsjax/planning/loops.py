@@ -11,10 +11,13 @@ def trips(program: Program, loop: Instruction, scope: dict[str, Instruction]) ->
     """Runs of a `while` that stands in the computation `scope`; None where only the run decides.
 
     XLA's `known_trip_count` is believed. After layouts are assigned it is gone; then the condition
-    tells, `counter < limit` with both known before the loop. XLA's counters grow by one.
+    tells, `counter < limit` with both known before the loop. XLA's counters grow by one. Where only
+    the run decides, a loop of ours may say how often it turns as a rule (`dsjax.kernels.turns`).
     """
     if known := re.search(r'"?known_trip_count"?:?=?\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
+    if usual := re.search(r'usual_turns_(\d+)\)*/while"', loop.attributes):
+        return int(usual[1])
     condition = program.computations[loop.value("condition")]
     *_, root = condition.values()
     if root.opcode != "compare" or root.value("direction") != "LT":

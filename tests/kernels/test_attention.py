@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import jax
@@ -135,5 +136,9 @@ def test_no_array_holds_all_scores():
     def loss(q, k, v, ids):
         return causal_attention(q, k, v, ids, 0.3).sum()
 
-    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape, ids).compile()
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape, ids)
+    compiled = lowered.compile()
     assert compiled.memory_analysis().temp_size_in_bytes < HEADS * length * length * 4
+    # Who plans finds in the program that queries meet half of the blocks.
+    named = lowered.as_text(debug_info=True)
+    assert set(re.findall(r"usual_turns_(\d+)/while\"", named)) == {"4"}

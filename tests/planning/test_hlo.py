@@ -120,6 +120,8 @@ CONDITION = """\
         ("get-tuple-element(%p), index=1", "", 9),
         ("get-tuple-element(%p), index=1", ', backend_config={"known_trip_count":{"n":"7"}}', 7),
         ("custom-call()", "", None),
+        ("custom-call()", ', metadata={op_name="jit(f)/jvp(usual_turns_16)/while"}', 16),
+        ("custom-call()", ', metadata={op_name="jit(f)/usual_turns_0/while/body/while"}', None),
     ],
 )
 def test_trips_are_read_from_the_condition_of_a_loop(

@@ -162,7 +162,7 @@ class Lowered:
 
     asked = 0
 
-    def as_text(self) -> str:
+    def as_text(self, debug_info: bool) -> str:
         return "a program"
 
     def compile(self) -> None:

@@ -1,0 +1,15 @@
+"""How often a loop turns as a rule, where only the run decides."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import jax
+
+
+def usual_turns(count: int) -> AbstractContextManager[None]:
+    """State it of the loops that are made inside: the compiled program keeps it in their names.
+
+    Nothing that runs depends on it. `dsjax plan` counts such a loop so often.
+    """
+    return jax.named_scope(f"usual_turns_{count}")
