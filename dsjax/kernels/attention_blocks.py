@@ -156,7 +156,7 @@ def _seen(queries: Queries, keys: Keys) -> Array:
     return jnp.clip(queries.place - keys.place + 1, 0, keys.k.shape[2] // BLOCK)
 
 
-def _half_of(keys: Keys) -> AbstractContextManager[None]:
+def _half_of(keys: Keys) -> AbstractContextManager[object]:
     """Queries meet half of all blocks, and half of one more: of each chunk, on average."""
     return usual_turns((keys.k.shape[2] // BLOCK + 1) // 2)
 

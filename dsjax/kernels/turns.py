@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import jax
 
 
-def usual_turns(count: int) -> AbstractContextManager[None]:
+def usual_turns(count: int) -> AbstractContextManager[object]:
     """State it of the loops that are made inside: the compiled program keeps it in their names.
 
     Nothing that runs depends on it. `dsjax plan` counts such a loop so often.
