@@ -10,7 +10,8 @@ The rules, the same for every program:
 4. A dense matmul takes the compiler's `estimated_cycles` at the chip's clock: it knows what the
    matrix units do.
 5. Anything else reads its operands and writes its results once, at `MEMORY_EFFICIENCY` of HBM's
-   bandwidth; or takes the compiler's estimate, where that is less, as for slices of large arrays.
+   bandwidth; or takes the compiler's estimate, where that is less. Of an array that it only slices
+   or gathers from, it reads that part; what it puts into an array it reads and writes, in place.
    Alone the estimates of such work are 2 to 6 times as long as that, one 26 times, which no
    measured step leaves room for.
 
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 from dsjax.planning import kernels
 from dsjax.planning.chips import Slice
 from dsjax.planning.groups import first_group
-from dsjax.planning.hlo import Array, Instruction, Program, array_bytes, arrays, hbm_bytes, nbytes
+from dsjax.planning.hlo import Array, Instruction, Program, array_bytes, arrays, nbytes
+from dsjax.planning.touched import touched_bytes
 
 MATMUL, EXCHANGE, GATHERS, REDUCTIONS = "dense matmul", "exchange", "gathers", "reductions"
 COPIES, HOST, REST = "copies", "host transfers", "the rest"
@@ -103,9 +105,7 @@ class Costs:
         estimate = self._by_cycles(instruction)
         if kind == MATMUL and estimate is not None:
             return Cost(kind, CORE, estimate)
-        # The shape of a copy that is started names what it reads beside what it writes.
-        read = [] if instruction.opcode == "copy-start" else shapes
-        seconds = self._by_memory(hbm_bytes(instruction.shape) + sum(map(hbm_bytes, read)))
+        seconds = self._by_memory(touched_bytes(self.program, instruction, shapes))
         least = seconds if estimate is None else min(seconds, estimate)
         return Cost(kind, CORE, least, counted=kind != MATMUL)
 
