@@ -27,7 +27,7 @@ those of the engine that serve.py and eval run."""
 EXAMPLES = """\
 examples:
   dsjax plan v3-671b-v5p-512 --topology v5p:8x8x8
-  dsjax plan v2-lite-16b-v5e-16 --topology v5e:4x4 training.microbatch_size=8 --json
+  dsjax plan v2-lite-16b-v5e-32 --topology v5e:4x8 training.microbatch_size=32 --json
   dsjax plan my-run.yaml --topology tpu7x:4x4x4 --picture plan.png
   dsjax plan v2-lite-16b --topology v5e:2x4 --step decode --rows 64 --context 2048
 """

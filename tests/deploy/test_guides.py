@@ -56,7 +56,7 @@ def expert_bytes(name: str) -> tuple[Any, float]:
     ("name", "tokens", "limits"),
     [
         ("v3-671b-v5p-512", (4096, 12288, 49152), {8: 4, 64: 8}),
-        ("v2-lite-16b-v5e-16", (4096, 16384, 49152), {8: 6, 64: 6}),
+        ("v2-lite-16b-v5e-32", (4096, 16384, 49152), {8: 6, 64: 6}),
     ],
 )
 def test_the_bytes_that_travel_are_those_of_the_formulas(
@@ -81,7 +81,7 @@ PARAMETERS = {"v3": 682_636_487_424, "v2": 15_706_484_224}
     [
         ("v3-671b-v5p-512", "v3", None),
         ("v3-671b-v5p-512", "v3", {"fsdp": 512}),
-        ("v2-lite-16b-v5e-16", "v2", None),
+        ("v2-lite-16b-v5e-32", "v2", None),
         ("v2-lite-16b-h100-8", "v2", None),
     ],
 )
