@@ -1,6 +1,6 @@
 """Compile one layer of V3's experts for TPUs that are not there, forward and backward.
 
-    pip install -e '.[tpu]'
+    pip install -e '.[plan]'
     python benchmarks/expert_layer.py --topology v5p:2x2x1 --tokens 12288 --hlo layer.txt
 
 For one device, with 32 of the 256 experts. Prints temporaries, and for each kernel what the
@@ -10,15 +10,13 @@ compiler was told of its operations and bytes. docs/performance.md has what was 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import time
 from pathlib import Path
 from typing import Any
 
-# The compiler asks for the machine it would run on; and nothing here is to run.
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from dsjax.cli import run
+from dsjax.cli_plan import describe_host
 
 EXPERTS, CHOICES, EMBED, WIDTH = 32, 8, 7168, 2048
 
@@ -30,7 +28,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12_288)
     parser.add_argument("--hlo", type=Path, help="where to write the compiled program")
     arguments = parser.parse_args()
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{arguments.topology.split(':')[0]}-8")
+    describe_host(arguments.topology)
 
     began = time.perf_counter()
     program = _lower(arguments.topology, arguments.tokens).compile()
@@ -47,14 +45,13 @@ def main() -> None:
 def _lower(topology: str, tokens: int) -> Any:
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     from dsjax.kernels import experts
     from dsjax.kernels.permutation import sort_by_expert
     from dsjax.kernels.swiglu import SwiGLU
+    from dsjax.planning.compile import described_devices
 
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    place = jax.sharding.SingleDeviceSharding(chips.devices[0])
+    place = jax.sharding.SingleDeviceSharding(described_devices(topology)[0])
 
     def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
@@ -79,4 +76,4 @@ def _lower(topology: str, tokens: int) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -32,9 +32,6 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 SLACK = 1.5
 """A window's room over the pairs that it would hold if tokens spread evenly."""
 
-EIGHT = 8
-"""Lists of pairs are as long as a multiple of it: tiles of rows on a TPU are."""
-
 
 class Room(NamedTuple):
     """What a window holds at most, the same for every pair of devices."""
@@ -54,7 +51,7 @@ class Room(NamedTuple):
         pairs = tokens * choices
         step = min(math.ceil(SLACK * pairs / devices), pairs)
         most = min(step + choices - 1, pairs)
-        return cls(step, min(step, tokens), -(-most // EIGHT) * EIGHT, -(-pairs // step))
+        return cls(step, min(step, tokens), most, -(-pairs // step))
 
 
 class Window(NamedTuple):

@@ -169,10 +169,7 @@ class Runner:
         if layout is None:
             return make()
 
-        def sharding(array: jax.ShapeDtypeStruct) -> NamedSharding:
-            return layout.sharding(("batch", *(None,) * (len(array.shape) - 1)), array.shape)
-
-        return jax.jit(make, out_shardings=jax.tree.map(sharding, jax.eval_shape(make)))()
+        return jax.jit(make, out_shardings=by_batch(layout, jax.eval_shape(make)))()
 
     @contextlib.contextmanager
     def _device(self) -> Iterator[None]:
@@ -193,6 +190,15 @@ def _set_progress(state: SamplerState, row: int, made: int, counts: np.ndarray) 
     return state._replace(
         made=state.made.at[row].set(made), counts=state.counts.at[row].set(counts)
     )
+
+
+def by_batch(layout: Layout, shapes: Any) -> Any:
+    """Where pages and the sampler's state lie on a mesh: first dimensions over its batch axes."""
+
+    def place(array: jax.ShapeDtypeStruct) -> NamedSharding:
+        return layout.sharding(("batch", *(None,) * (len(array.shape) - 1)), array.shape)
+
+    return jax.tree.map(place, shapes)
 
 
 def _layout_of(model: Transformer) -> Layout | None:

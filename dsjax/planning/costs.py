@@ -10,10 +10,10 @@ The rules, the same for every program:
 4. A dense matmul takes the compiler's `estimated_cycles` at the chip's clock: it knows what the
    matrix units do.
 5. Anything else reads its operands and writes its results once, at `MEMORY_EFFICIENCY` of HBM's
-   bandwidth; or takes the compiler's estimate, where that is less. Of an array that it only slices
-   or gathers from, it reads that part; what it puts into an array it reads and writes, in place.
-   Alone the estimates of such work are 2 to 6 times as long as that, one 26 times, which no
-   measured step leaves room for.
+   bandwidth; or takes the compiler's estimate, where that is less. Alone the estimates of such work
+   are 2 to 6 times as long as that, one 26 times, which no measured step leaves room for. Of an
+   array that it only slices or gathers from, it reads that part; what it puts into an array it
+   reads and writes, in place.
 
 The efficiency of kernels is the one number that was fitted to measured steps, one for all kernels
 and chips. docs/pods.md has the calibration.

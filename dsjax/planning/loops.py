@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+from dsjax.kernels.turns import USUAL_TURNS
 from dsjax.planning.hlo import Instruction, Program
+
+_USUAL = re.compile(USUAL_TURNS + r'(\d+)\)*/while"')
 
 
 def trips(program: Program, loop: Instruction, scope: dict[str, Instruction]) -> int | None:
@@ -16,7 +19,7 @@ def trips(program: Program, loop: Instruction, scope: dict[str, Instruction]) ->
     """
     if known := re.search(r'"?known_trip_count"?:?=?\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
-    if usual := re.search(r'usual_turns_(\d+)\)*/while"', loop.attributes):
+    if usual := _USUAL.search(loop.attributes):
         return int(usual[1])
     condition = program.computations[loop.value("condition")]
     *_, root = condition.values()

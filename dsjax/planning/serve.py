@@ -15,6 +15,7 @@ from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.store import abstract_on
 from dsjax.errors import UserError
+from dsjax.inference.runner import by_batch
 from dsjax.inference.sampler_state import SamplerState
 from dsjax.inference.settings import PAGE_SIZE, READ_AT_ONCE, EngineSettings
 from dsjax.inference.step import StepInputs, step
@@ -98,7 +99,8 @@ def _room(config: ModelConfig, serving: Serving, layout: Layout) -> tuple[Any, A
     dtype, drafts = jnp.bfloat16, serving.drafts > 0
     pages = partial(make_pages, config, groups, rows * width, PAGE_SIZE, dtype, mtp=drafts)
     sampler = partial(SamplerState.empty, groups * rows, config.vocab_size)
-    return _spread(layout, pages), _spread(layout, sampler)
+    shapes = jax.eval_shape(pages), jax.eval_shape(sampler)
+    return abstract_on(shapes, by_batch(layout, shapes))
 
 
 def _lower(
@@ -132,18 +134,6 @@ def _places(making: jax.stages.Lowered) -> Any:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
         raise
-
-
-def _spread(layout: Layout, make: Any) -> Any:
-    """What `make` would make, over the mesh by its first dimension."""
-
-    def place(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = ("batch",) + (None,) * (len(array.shape) - 1)
-        return jax.ShapeDtypeStruct(
-            array.shape, array.dtype, sharding=layout.sharding(axes, array.shape)
-        )
-
-    return jax.tree.map(place, jax.eval_shape(make))
 
 
 def _inputs(layout: Layout, batch: int, queries: int, width: int) -> tuple[StepInputs, Any]:

@@ -54,16 +54,21 @@ def score_groups(
     scorer: Scorer,
 ) -> list[list[Score]]:
     """The scores of all answers, group by group; every process verifies its share of them."""
-    answers = [
-        Answer(prompt, language.decode(one.tokens), len(one.tokens), one.truncated, record)
-        for group, record in zip(written, records, strict=True)
-        for prompt in [language.tokenizer.decode(group[0].prompt)]
-        for one in group
-    ]
+    drawn = [(one, record) for group, record in zip(written, records, strict=True) for one in group]
     count = jax.process_count()
-    mine = scorer.score(answers[jax.process_index() :: count])
-    parts = gather("scores", [dataclasses.asdict(score) for score in mine], WORK_SECONDS)
-    flat = (Score(**parts[number % count][number // count]) for number in range(len(answers)))
+    answers = [
+        Answer(
+            language.tokenizer.decode(one.prompt),
+            language.decode(one.tokens),
+            len(one.tokens),
+            one.truncated,
+            record,
+        )
+        for one, record in drawn[jax.process_index() :: count]
+    ]
+    mine = [dataclasses.asdict(score) for score in scorer.score(answers)]
+    parts = gather("scores", mine, WORK_SECONDS)
+    flat = (Score(**parts[number % count][number // count]) for number in range(len(drawn)))
     return [[next(flat) for _ in group] for group in written]
 
 
