@@ -66,8 +66,9 @@ def described_devices(topology: str) -> list[Any]:
     """The devices of a slice that is not there, such as v5p:8x8x8.
 
     Raises:
-        UserError: the compiler knows no such slice.
+        UserError: the compiler is not installed, or knows no such slice.
     """
+    versions()
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
         return list(described.devices)
