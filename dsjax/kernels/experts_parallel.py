@@ -26,15 +26,23 @@ from jaxtyping import Array, Float, Int
 from dsjax.kernels.experts import multiply, multiply_gradient
 from dsjax.kernels.permutation import VisitorOrder, sort_visitors
 from dsjax.kernels.swiglu import SwiGLU
-from dsjax.kernels.turns import usual_turns
-from sharding.expert_parallel import Journey, Window, exchange, exchange_whole, plan_journey
+from dsjax.kernels.usual import usual_rows, usual_turns
+from sharding.expert_parallel import (
+    Journey,
+    Window,
+    exchange,
+    exchange_whole,
+    plan_journey,
+    usual_visits,
+)
 
 Sums = TypeVar("Sums")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def routed_experts_over(
     axis: str,
+    reach: int,
     x: Float[Array, "T D"],
     weights: SwiGLU,
     experts: Int[Array, "T K"],
@@ -47,12 +55,14 @@ def routed_experts_over(
 
     Args:
         axis: the mesh axis, of n devices, that the experts are split over in order.
+        reach: on how many devices the experts of a token are at most, n or fewer. Only plans are
+            made with it.
         x: this device's tokens, in the dtype of `weights`.
         weights: the matrices of this device's E/n experts.
         experts: the K experts of each token, counted over all devices; one may come twice.
         gates: what each choice counts.
     """
-    return _forward(axis, x, weights, experts, gates)[0]
+    return _forward(axis, reach, x, weights, experts, gates)[0]
 
 
 class _Saved(NamedTuple):
@@ -74,25 +84,28 @@ class _Round(NamedTuple):
 
 
 def _forward(
-    axis: str, x: Array, weights: SwiGLU, experts: Array, gates: Array
+    axis: str, reach: int, x: Array, weights: SwiGLU, experts: Array, gates: Array
 ) -> tuple[Array, _Saved]:
     journey = _plan(axis, weights, experts)
+    send = partial(_send, axis, reach, experts)
 
     def one_round(index: Array | int, y: Array) -> Array:
         now = _introduce(axis, journey, index, weights, experts, gates)
-        rows = exchange(axis, x[now.window.token_of_row], now.window.rows, now.arrived)
-        out, _ = multiply(_flat(rows), weights, now.visitors, now.gates)
-        back = exchange(axis, out.reshape(rows.shape), now.arrived, now.window.rows)
+        rows = send(x[now.window.token_of_row], now.window.rows, now.arrived)
+        with usual_rows(gates.size):
+            out, _ = multiply(_flat(rows), weights, now.visitors, now.gates)
+        back = send(out.reshape(rows.shape), now.arrived, now.window.rows)
         return y + journey.sum_rows(index, back)
 
     y = _fold_rounds(journey, one_round, jnp.zeros(x.shape, jnp.float32))
     return y.astype(x.dtype), _Saved(x, weights, experts, gates)
 
 
-def _backward(axis: str, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
+def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
     # The barrier keeps XLA from seeing that x travelled before, and keeping what arrived till now.
     (x, weights, experts, gates), dy = lax.optimization_barrier((saved, dy))
     journey = _plan(axis, weights, experts)
+    send = partial(_send, axis, reach, experts)
 
     def one_round(
         index: Array | int, sums: tuple[Array, SwiGLU, Array]
@@ -100,13 +113,13 @@ def _backward(axis: str, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None,
         dx, d_weights, d_gates = sums
         now = _introduce(axis, journey, index, weights, experts, gates)
         x_rows, dy_rows = (
-            exchange(axis, a[now.window.token_of_row], now.window.rows, now.arrived)
-            for a in (x, dy)
+            send(a[now.window.token_of_row], now.window.rows, now.arrived) for a in (x, dy)
         )
-        d_rows, d_weights, d_pairs = multiply_gradient(
-            _flat(x_rows), weights, now.visitors, now.gates, None, _flat(dy_rows), d_weights
-        )
-        back = exchange(axis, d_rows.reshape(x_rows.shape), now.arrived, now.window.rows)
+        with usual_rows(gates.size):
+            d_rows, d_weights, d_pairs = multiply_gradient(
+                _flat(x_rows), weights, now.visitors, now.gates, None, _flat(dy_rows), d_weights
+            )
+        back = send(d_rows.reshape(x_rows.shape), now.arrived, now.window.rows)
         d_pairs = exchange_whole(axis, d_pairs[now.visitors.row_of_pair])
         return (
             dx + journey.sum_rows(index, back),
@@ -126,6 +139,14 @@ routed_experts_over.defvjp(_forward, _backward)
 
 def _plan(axis: str, weights: SwiGLU, experts: Array) -> Journey:
     return plan_journey(experts // len(weights.gate), lax.axis_size(axis))
+
+
+def _send(
+    axis: str, reach: int, experts: Array, rows: Array, sent: Array, received: Array
+) -> Array:
+    tokens, choices = experts.shape
+    with usual_rows(round(tokens * usual_visits(choices, lax.axis_size(axis), reach))):
+        return exchange(axis, rows, sent, received)
 
 
 def _fold_rounds(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsjax.kernels.turns import usual_turns
+from dsjax.kernels.usual import usual_turns
 
 CHUNK = 1024
 """Rows whose pairs are added up at a time, of all senders together."""
