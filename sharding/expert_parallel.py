@@ -33,6 +33,10 @@ SLACK = 1.5
 """A window's room over the pairs that it would hold if tokens spread evenly."""
 
 
+LANES = 128
+"""Numbers of a line in a tile of a TPU's memory, which has 8 of them."""
+
+
 class Room(NamedTuple):
     """What a window holds at most, the same for every pair of devices."""
 
@@ -92,7 +96,7 @@ class Journey:
     spot: Int[Array, "T K"]
     """Where a pair lies among the n x q of its round."""
     rows: Int[Array, "T M"]
-    """The rows that a token is, of the n x c of their rounds; n x c where it has fewer than M."""
+    """The rows that a token is in all rounds, of the n x c of each; n x c where they are no M."""
     window_of_row: Int[Array, "T M"]
 
     def rounds(self) -> Int[Array, ""]:
@@ -124,15 +128,10 @@ class Journey:
             real=real,
         )
 
-    def sum_rows(self, index: Int[Array, ""] | int, back: Shaped[Array, "n c D"]) -> Array:
-        """The sum in float32 of the rows that came back for each token [T, D], in this round."""
-        back = back.reshape(-1, back.shape[-1])
-        at = jnp.where(self.window_of_row == index, self.rows, len(back))
-        total = jnp.zeros((), jnp.float32)
-        for column in range(at.shape[1]):
-            rows = back.at[at[:, column]].get(mode="fill", fill_value=0)
-            total = total + rows.astype(jnp.float32)
-        return total
+    def rows_of(self, index: Int[Array, ""] | int) -> Int[Array, "T M"]:
+        """The rows that a token is in a round, of its n x c; n x c behind the last one."""
+        beyond = self.devices * self.room.rows
+        return jnp.sort(jnp.where(self.window_of_row == index, self.rows, beyond), axis=1)
 
     def pick_pairs(self, index: Int[Array, ""] | int, back: Float[Array, "n q"]) -> Array:
         """What came back for each pair [T, K] in this round; 0 for those of other rounds."""
@@ -228,10 +227,13 @@ def _ragged(axis: str, rows: Array, sent: Array, received: Array) -> Array:
     devices, room = rows.shape[:2]
     here = lax.axis_index(axis)
     begins = jnp.arange(devices, dtype=jnp.int32) * room
-    flat = rows.reshape(devices * room, *rows.shape[2:])
+    width = math.prod(rows.shape[2:])
+    # Rows of whole tiles are contiguous on a TPU in this form, and need no other copy to travel.
+    form = (width // LANES, LANES) if width % (8 * LANES) == 0 else (width,)
+    flat = rows.reshape(devices * room, *form)
     arrived = lax.ragged_all_to_all(
         flat,
-        jnp.zeros_like(flat),
+        lax.empty(flat.shape, flat.dtype),
         begins,
         sent.astype(jnp.int32),
         jnp.full(devices, here * room, jnp.int32),

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import grouped_matmul_tpu as tpu
 from dsjax.kernels.blocks import fold_blocks, fold_experts
+from dsjax.kernels.rows import alone
 
 Factors = tuple[Float[Array, "N I"], Float[Array, "E A B"]]
 """Rows, sorted by group, and the matrices of all groups; in one dtype."""
@@ -54,7 +54,7 @@ def grouped_outer_reference(
 
 
 def grouped_matmul(
-    sizes: Int[Array, "E"], *factors: Factors, inputs_first: bool
+    sizes: Int[Array, "E"], *factors: Factors, inputs_first: bool, apart: bool = False
 ) -> Float[Array, "N O"]:
     """Each row times the matrix of its group, in the dtype of the rows; the sum of such products.
 
@@ -62,6 +62,7 @@ def grouped_matmul(
         sizes: rows of each group, N in all or fewer; what is beyond is undefined in the result.
         factors: one product each, all of the same shapes.
         inputs_first: matrices are [E, I, O]; otherwise [E, O, I].
+        apart: rows of the result will be brought one by one (`dsjax.kernels.rows`).
     """
 
     def ragged(sizes: Array, *factors: tuple[Array, Array]) -> Array:
@@ -71,9 +72,9 @@ def grouped_matmul(
         )
         return sum(others, start=first)
 
-    if not _alone():
+    if not alone():
         return ragged(sizes, *factors)
-    pallas = partial(tpu.grouped_matmul, inputs_first=inputs_first)
+    pallas = partial(tpu.grouped_matmul, inputs_first=inputs_first, apart=apart)
     return lax.platform_dependent(sizes, *factors, tpu=pallas, default=ragged)
 
 
@@ -94,20 +95,11 @@ def grouped_outer(
         sizes: rows of each group; rows beyond may be anything, not finite even.
         into: what is added to, and the dtype of the result. XLA reuses its memory if it can.
     """
-    if not _alone():
+    if not alone():
         return _outer_in_blocks(left, right, sizes, into)
     return lax.platform_dependent(
         left, right, sizes, into, tpu=tpu.grouped_outer, default=_outer_in_blocks
     )
-
-
-def _alone() -> bool:
-    """Whether arrays here are those of one device: XLA cannot split a kernel of ours over several.
-
-    They are without a mesh, or in a `shard_map` over all of its axes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return all(mesh.shape[axis] == 1 or axis in mesh.manual_axes for axis in mesh.axis_names)
 
 
 OUTER_BLOCKS = (2048, 256)
