@@ -33,6 +33,10 @@ SLACK = 1.5
 """A window's room over the pairs that it would hold if tokens spread evenly."""
 
 
+LANES = 128
+"""Numbers of a line in a tile of a TPU's memory, which has 8 of them."""
+
+
 class Room(NamedTuple):
     """What a window holds at most, the same for every pair of devices."""
 
@@ -92,7 +96,7 @@ class Journey:
     spot: Int[Array, "T K"]
     """Where a pair lies among the n x q of its round."""
     rows: Int[Array, "T M"]
-    """The rows that a token is, of the n x c of their rounds; n x c where it has fewer than M."""
+    """The rows that a token is in all rounds, of the n x c of each; n x c where they are no M."""
     window_of_row: Int[Array, "T M"]
 
     def rounds(self) -> Int[Array, ""]:
@@ -124,15 +128,10 @@ class Journey:
             real=real,
         )
 
-    def sum_rows(self, index: Int[Array, ""] | int, back: Shaped[Array, "n c D"]) -> Array:
-        """The sum in float32 of the rows that came back for each token [T, D], in this round."""
-        back = back.reshape(-1, back.shape[-1])
-        at = jnp.where(self.window_of_row == index, self.rows, len(back))
-        total = jnp.zeros((), jnp.float32)
-        for column in range(at.shape[1]):
-            rows = back.at[at[:, column]].get(mode="fill", fill_value=0)
-            total = total + rows.astype(jnp.float32)
-        return total
+    def rows_of(self, index: Int[Array, ""] | int) -> Int[Array, "T M"]:
+        """The rows that a token is in a round, of its n x c; n x c behind the last one."""
+        beyond = self.devices * self.room.rows
+        return jnp.sort(jnp.where(self.window_of_row == index, self.rows, beyond), axis=1)
 
     def pick_pairs(self, index: Int[Array, ""] | int, back: Float[Array, "n q"]) -> Array:
         """What came back for each pair [T, K] in this round; 0 for those of other rounds."""
@@ -228,10 +227,13 @@ def _ragged(axis: str, rows: Array, sent: Array, received: Array) -> Array:
     devices, room = rows.shape[:2]
     here = lax.axis_index(axis)
     begins = jnp.arange(devices, dtype=jnp.int32) * room
-    flat = rows.reshape(devices * room, *rows.shape[2:])
+    width = math.prod(rows.shape[2:])
+    # Rows of whole tiles are contiguous on a TPU in this form, and need no other copy to travel.
+    form = (width // LANES, LANES) if width % (8 * LANES) == 0 else (width,)
+    flat = rows.reshape(devices * room, *form)
     arrived = lax.ragged_all_to_all(
         flat,
-        jnp.zeros_like(flat),
+        lax.empty(flat.shape, flat.dtype),
         begins,
         sent.astype(jnp.int32),
         jnp.full(devices, here * room, jnp.int32),
@@ -244,6 +246,22 @@ def _ragged(axis: str, rows: Array, sent: Array, received: Array) -> Array:
 # ---------------------------------------------------------------------------------------------
 # What it costs
 # ---------------------------------------------------------------------------------------------
+
+
+def usual_visits(choices: int, devices: int, reach: int) -> float:
+    """On how many of n devices a token of K choices has experts, if they are balanced.
+
+    n (1 - (1 - 1/n)^K), if choices are even over all of them. Where routing is limited to groups
+    (DeepSeek-V3 section 2.1.2: a token reaches topk_group of n_group groups, on
+    n topk_group / n_group devices) min(K, r): a group is chosen for its best experts, and so has
+    some of the K; of V3's 4 groups a token with random scores meets 3.97.
+
+    Args:
+        reach: r, devices that a token can visit.
+    """
+    if reach < devices:
+        return float(min(choices, reach))
+    return devices * (1 - (1 - 1 / devices) ** choices)
 
 
 class Traffic(NamedTuple):
@@ -268,23 +286,22 @@ def traffic(
     Forward, a token's row goes to each other device that it visits, and one comes back; backward
     two go (x and the gradient of y) and one comes back. So a device sends 2 v and 3 v rows, where
 
-        v = T (n - 1) (1 - (1 - 1/r)^K) r / n     if choices are even over the r devices in reach
-        v = T min(K, r, n - 1)                    at worst: no choice at home, no two at one place
+        v = T usual_visits (n - 1) / n     if experts are balanced
+        v = T min(K, r, n - 1)             at worst: no choice at home, no two at one place
 
-    and r is n, or less where routing is limited to groups (DeepSeek-V3 section 2.1.2: a token
-    reaches topk_group of n_group groups, on n topk_group / n_group devices). The worst holds for a
-    device's tokens; what it sends back for others is as much if they are as many.
+    The worst holds for a device's tokens; what it sends back for others is as much if they are as
+    many.
 
     The pairs themselves, 12 bytes each, are left out: T K SLACK of them, some 1% at embed 7168.
 
     Args:
-        reach: devices that a token can visit; all of them by default.
-        balanced: choices spread evenly, or the worst case.
+        reach: r, devices that a token can visit; all of them by default.
+        balanced: the usual case, or the worst.
         itemsize: bytes of a number, 2 in bfloat16.
     """
     reach = devices if reach is None else min(reach, devices)
     if balanced:
-        visits = (devices - 1) / devices * reach * (1 - (1 - 1 / reach) ** choices)
+        visits = (devices - 1) / devices * usual_visits(choices, devices, reach)
     else:
         visits = min(choices, reach, devices - 1)
     row = tokens * visits * embed * itemsize

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dsjax.kernels.turns import usual_turns
+from dsjax.kernels.usual import usual_turns
 
 BLOCK = 128
 """Queries and keys of one block: 64 KiB of scores a head, which stay in a core's cache."""

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.kernels import experts_blocked
 from dsjax.kernels.grouped_matmul import grouped_matmul, grouped_outer
 from dsjax.kernels.permutation import Order, VisitorOrder, sort_by_expert
+from dsjax.kernels.rows import take_rows
 from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
 
 
@@ -139,8 +140,9 @@ def multiply_gradient(
 def _forward_grouped(
     x: Array, weights: SwiGLU, order: Order | VisitorOrder, gates: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    h, u = _before(x[order.token_of_row], weights, order.sizes)
-    out = grouped_matmul(order.sizes, (swiglu(h, u, gates), weights.down), inputs_first=False)
+    h, u = _before(take_rows(x, order.token_of_row), weights, order.sizes)
+    inner = swiglu(h, u, gates)
+    out = grouped_matmul(order.sizes, (inner, weights.down), inputs_first=False, apart=True)
     return order.sum_choices(out), (h, u)
 
 
@@ -161,11 +163,13 @@ def _backward_grouped(
     into: SwiGLU,
 ) -> tuple[Array, SwiGLU, Array]:
     token, sizes = order.token_of_row, order.sizes
-    rows, d_out = x[token], dy[token]
+    rows, d_out = take_rows(x, token), take_rows(dy, token)
     h, u = _before(rows, weights, sizes) if before is None else before
     d_inner = grouped_matmul(sizes, (d_out, weights.down), inputs_first=True)
     inner, d_gate, d_up, d_gates = swiglu_gradient(h, u, gates, d_inner)
-    d_rows = grouped_matmul(sizes, (d_gate, weights.gate), (d_up, weights.up), inputs_first=True)
+    d_rows = grouped_matmul(
+        sizes, (d_gate, weights.gate), (d_up, weights.up), inputs_first=True, apart=True
+    )
     d_weights = SwiGLU(
         grouped_outer(d_gate, rows, sizes, into.gate),
         grouped_outer(d_up, rows, sizes, into.up),

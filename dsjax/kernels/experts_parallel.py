@@ -21,20 +21,30 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels.experts import multiply, multiply_gradient
 from dsjax.kernels.permutation import VisitorOrder, sort_visitors
+from dsjax.kernels.rows import send_rows, sum_rows
 from dsjax.kernels.swiglu import SwiGLU
-from dsjax.kernels.turns import usual_turns
-from sharding.expert_parallel import Journey, Window, exchange, exchange_whole, plan_journey
+from dsjax.kernels.usual import usual_rows, usual_turns
+from sharding.expert_parallel import (
+    Journey,
+    Window,
+    exchange,
+    exchange_whole,
+    plan_journey,
+    usual_visits,
+)
 
 Sums = TypeVar("Sums")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def routed_experts_over(
     axis: str,
+    reach: int,
     x: Float[Array, "T D"],
     weights: SwiGLU,
     experts: Int[Array, "T K"],
@@ -47,12 +57,14 @@ def routed_experts_over(
 
     Args:
         axis: the mesh axis, of n devices, that the experts are split over in order.
+        reach: on how many devices the experts of a token are at most, n or fewer. Only plans are
+            made with it.
         x: this device's tokens, in the dtype of `weights`.
         weights: the matrices of this device's E/n experts.
         experts: the K experts of each token, counted over all devices; one may come twice.
         gates: what each choice counts.
     """
-    return _forward(axis, x, weights, experts, gates)[0]
+    return _forward(axis, reach, x, weights, experts, gates)[0]
 
 
 class _Saved(NamedTuple):
@@ -74,25 +86,27 @@ class _Round(NamedTuple):
 
 
 def _forward(
-    axis: str, x: Array, weights: SwiGLU, experts: Array, gates: Array
+    axis: str, reach: int, x: Array, weights: SwiGLU, experts: Array, gates: Array
 ) -> tuple[Array, _Saved]:
     journey = _plan(axis, weights, experts)
+    send = partial(_send, axis, reach, experts)
 
     def one_round(index: Array | int, y: Array) -> Array:
         now = _introduce(axis, journey, index, weights, experts, gates)
-        rows = exchange(axis, x[now.window.token_of_row], now.window.rows, now.arrived)
-        out, _ = multiply(_flat(rows), weights, now.visitors, now.gates)
-        back = exchange(axis, out.reshape(rows.shape), now.arrived, now.window.rows)
-        return y + journey.sum_rows(index, back)
+        rows = send(send_rows(x, now.window.token_of_row), now.window.rows, now.arrived)
+        with usual_rows(gates.size):
+            out, _ = multiply(_flat(rows), weights, now.visitors, now.gates)
+        back = send(out.reshape(rows.shape), now.arrived, now.window.rows)
+        return y + sum_rows(_flat(back), journey.rows_of(index)).astype(y.dtype)
 
-    y = _fold_rounds(journey, one_round, jnp.zeros(x.shape, jnp.float32))
-    return y.astype(x.dtype), _Saved(x, weights, experts, gates)
+    return _fold_rounds(journey, one_round, x), _Saved(x, weights, experts, gates)
 
 
-def _backward(axis: str, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
+def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
     # The barrier keeps XLA from seeing that x travelled before, and keeping what arrived till now.
     (x, weights, experts, gates), dy = lax.optimization_barrier((saved, dy))
     journey = _plan(axis, weights, experts)
+    send = partial(_send, axis, reach, experts)
 
     def one_round(
         index: Array | int, sums: tuple[Array, SwiGLU, Array]
@@ -100,25 +114,23 @@ def _backward(axis: str, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None,
         dx, d_weights, d_gates = sums
         now = _introduce(axis, journey, index, weights, experts, gates)
         x_rows, dy_rows = (
-            exchange(axis, a[now.window.token_of_row], now.window.rows, now.arrived)
+            send(send_rows(a, now.window.token_of_row), now.window.rows, now.arrived)
             for a in (x, dy)
         )
-        d_rows, d_weights, d_pairs = multiply_gradient(
-            _flat(x_rows), weights, now.visitors, now.gates, None, _flat(dy_rows), d_weights
-        )
-        back = exchange(axis, d_rows.reshape(x_rows.shape), now.arrived, now.window.rows)
+        with usual_rows(gates.size):
+            d_rows, d_weights, d_pairs = multiply_gradient(
+                _flat(x_rows), weights, now.visitors, now.gates, None, _flat(dy_rows), d_weights
+            )
+        back = send(d_rows.reshape(x_rows.shape), now.arrived, now.window.rows)
         d_pairs = exchange_whole(axis, d_pairs[now.visitors.row_of_pair])
         return (
-            dx + journey.sum_rows(index, back),
+            dx + sum_rows(_flat(back), journey.rows_of(index)).astype(dx.dtype),
             d_weights,
-            d_gates + journey.pick_pairs(index, d_pairs),
+            d_gates + journey.pick_pairs(index, d_pairs).astype(d_gates.dtype),
         )
 
-    zeros = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, jnp.float32))
-    start = zeros(x), zeros(weights), zeros(gates)
-    dx, d_weights, d_gates = _fold_rounds(journey, one_round, start)
-    d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
-    return dx.astype(x.dtype), d_weights, None, d_gates.astype(gates.dtype)
+    dx, d_weights, d_gates = _fold_rounds(journey, one_round, (x, weights, gates))
+    return dx, d_weights, None, d_gates
 
 
 routed_experts_over.defvjp(_forward, _backward)
@@ -128,24 +140,44 @@ def _plan(axis: str, weights: SwiGLU, experts: Array) -> Journey:
     return plan_journey(experts // len(weights.gate), lax.axis_size(axis))
 
 
+def _send(
+    axis: str, reach: int, experts: Array, rows: Array, sent: Array, received: Array
+) -> Array:
+    tokens, choices = experts.shape
+    with usual_rows(round(tokens * usual_visits(choices, lax.axis_size(axis), reach))):
+        return exchange(axis, rows, sent, received)
+
+
 def _fold_rounds(
-    journey: Journey, one_round: Callable[[Array | int, Sums], Sums], start: Sums
+    journey: Journey, one_round: Callable[[Array | int, Sums], Sums], like: Sums
 ) -> Sums:
     """Fold `one_round(index, sums)` over as many rounds as it takes, as a rule one.
 
-    The first stands outside of the loop, for its exchange to run beside work that does not need it
-    (the shared expert). A CPU overlaps nothing, and has less to compile where all are in the loop.
+    Sums are in float32, and in the dtypes of `like` in the end. The first round stands outside of
+    the loop, for its exchange to run beside work that does not need it (the shared expert), and for
+    sums of one round to be as short as the result. A CPU overlaps nothing, and has less to compile
+    where all are in the loop.
     """
     rounds = journey.rounds()
 
-    def with_first_outside(sums: Sums) -> Sums:
-        sums = one_round(0, sums)
+    def zeros(dtype: DTypeLike | None) -> Sums:
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, dtype or a.dtype), like)
+
+    def shortened(sums: Sums) -> Sums:
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), sums, like)
+
+    def others(_: Array, sums: Sums) -> Sums:
+        exact = jax.tree.map(lambda a: a.astype(jnp.float32), sums)
         with usual_turns(0):
-            return lax.fori_loop(1, rounds, one_round, sums)
+            return shortened(lax.fori_loop(1, rounds, one_round, exact))
+
+    def with_first_outside() -> Sums:
+        sums = one_round(0, zeros(None))
+        with usual_turns(0):  # as a branch that is not taken would be, but sums stay in place
+            return lax.fori_loop(0, jnp.minimum(rounds - 1, 1), others, sums)
 
     return lax.platform_dependent(
-        start,
-        cpu=lambda sums: lax.fori_loop(0, rounds, one_round, sums),
+        cpu=lambda: shortened(lax.fori_loop(0, rounds, one_round, zeros(jnp.float32))),
         default=with_first_outside,
     )
 
@@ -166,7 +198,7 @@ def _introduce(
     message = exchange_whole(axis, message.astype(jnp.int32))
     ends = [journey.room.pairs * n for n in (1, 2, 3)]
     expert, row, gate, pairs = jnp.split(message, ends, axis=1)
-    visitors, pair = sort_visitors(expert, row, pairs, count)
+    visitors, pair = sort_visitors(expert, row, pairs, count, experts.shape[1])
     gate = lax.bitcast_convert_type(gate, jnp.float32).ravel()[pair]
     return _Round(window, visitors, gate, (pairs > 0).sum(1))
 

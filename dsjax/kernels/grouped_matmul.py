@@ -54,7 +54,7 @@ def grouped_outer_reference(
 
 
 def grouped_matmul(
-    sizes: Int[Array, "E"], *factors: Factors, inputs_first: bool
+    sizes: Int[Array, "E"], *factors: Factors, inputs_first: bool, apart: bool = False
 ) -> Float[Array, "N O"]:
     """Each row times the matrix of its group, in the dtype of the rows; the sum of such products.
 
@@ -62,6 +62,7 @@ def grouped_matmul(
         sizes: rows of each group, N in all or fewer; what is beyond is undefined in the result.
         factors: one product each, all of the same shapes.
         inputs_first: matrices are [E, I, O]; otherwise [E, O, I].
+        apart: rows of the result will be brought one by one (`dsjax.kernels.rows`).
     """
 
     def ragged(sizes: Array, *factors: tuple[Array, Array]) -> Array:
@@ -73,7 +74,7 @@ def grouped_matmul(
 
     if not alone():
         return ragged(sizes, *factors)
-    pallas = partial(tpu.grouped_matmul, inputs_first=inputs_first)
+    pallas = partial(tpu.grouped_matmul, inputs_first=inputs_first, apart=apart)
     return lax.platform_dependent(sizes, *factors, tpu=pallas, default=ragged)
 
 

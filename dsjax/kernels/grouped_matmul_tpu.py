@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from dsjax.kernels.rows_tpu import WHOLE
 from dsjax.kernels.tpu_core import LANES, MEMORY_LIMIT, matrix_unit
 
 MEMORY = 40 * 2**20
@@ -97,8 +98,13 @@ def columns_of_tile(columns: int, fits: Callable[[int], bool]) -> int:
     return LANES
 
 
-def grouped_matmul(sizes: Array, *factors: tuple[Array, Array], inputs_first: bool) -> Array:
-    """`dsjax.kernels.grouped_matmul.grouped_matmul` on a TPU."""
+def grouped_matmul(
+    sizes: Array, *factors: tuple[Array, Array], inputs_first: bool, apart: bool
+) -> Array:
+    """`dsjax.kernels.grouped_matmul.grouped_matmul` on a TPU.
+
+    Rows that are `apart` come in the form of `rows_tpu`, if parts of them are whole pairs of lines.
+    """
     (rows, matrices), *_ = factors
     count, inputs = rows.shape
     outputs = matrices.shape[2 if inputs_first else 1]
@@ -114,37 +120,53 @@ def grouped_matmul(sizes: Array, *factors: tuple[Array, Array], inputs_first: bo
     wide = columns_of_tile(outputs, fits)
     parts = pl.cdiv(outputs, wide)
     visits = plan_visits(sizes, count, tall)
+    apart = apart and outputs % WHOLE == 0 and wide % (2 * LANES) == 0
     inside = [
         pl.BlockSpec((tall, inputs), lambda part, visit, _, __, tile: (tile[visit], 0)),
         pl.BlockSpec((None, inputs, wide) if inputs_first else (None, wide, inputs), matrix),
     ]
-    return pl.pallas_call(
-        partial(_multiply, inputs_first=inputs_first),
-        out_shape=jax.ShapeDtypeStruct((count, outputs), rows.dtype),
+    out = pl.pallas_call(
+        partial(_multiply, inputs_first=inputs_first, apart=apart),
+        out_shape=jax.ShapeDtypeStruct(_form(count, outputs, apart), rows.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(parts, visits.count),
             in_specs=inside * len(factors),
             out_specs=pl.BlockSpec(
-                (tall, wide), lambda part, visit, _, __, tile: (tile[visit], part)
+                _form(tall, wide, apart),
+                lambda part, visit, _, __, tile: (tile[visit], part, 0, 0)[: 4 if apart else 2],
             ),
+            scratch_shapes=[pltpu.VMEM((tall, wide), rows.dtype)] if apart else [],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY_LIMIT
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * count * inputs * outputs * len(factors),
-            bytes_accessed=len(factors) * (rows.nbytes * parts + matrices.nbytes)
-            + size * count * outputs,
-            transcendentals=0,
+        cost_estimate=_cost(
+            2 * count * inputs * outputs * len(factors),
+            len(factors) * (rows.nbytes * parts + matrices.nbytes) + size * count * outputs,
         ),
         name="grouped_matmul",
     )(*visits[:3], *(array for pair in factors for array in pair))
+    return out.reshape(count, outputs)
 
 
-def _multiply(begins: Any, group: Any, tile: Any, *blocks: Any, inputs_first: bool) -> None:
+def _cost(flops: int, moved: int) -> pl.CostEstimate:
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
+
+
+def _form(rows: int, columns: int, apart: bool) -> tuple[int, ...]:
+    """Apart, tiles of two lines: in memory the form of `rows_tpu`, whose tiles have eight.
+
+    So a part of a row has pairs of lines, and not eights.
+    """
+    return (rows, columns // (2 * LANES), 2, LANES) if apart else (rows, columns)
+
+
+def _multiply(
+    begins: Any, group: Any, tile: Any, *blocks: Any, inputs_first: bool, apart: bool
+) -> None:
     """One visit: a part of the columns of those of a tile's rows that are of this group."""
-    *factors, out = blocks
+    factors, result, out = blocks[: -2 if apart else -1], blocks[-2 if apart else -1], blocks[-1]
     tall, wide = out.shape
     chunk = wide
     while chunk % (2 * LANES) == 0 and chunk * factors[0].shape[1] > UNROLLED:
@@ -162,6 +184,16 @@ def _multiply(begins: Any, group: Any, tile: Any, *blocks: Any, inputs_first: bo
         # What is there is of the groups before, whose visits of this tile came just now.
         there = out[:, columns].astype(jnp.float32)
         out[:, columns] = jnp.where(own, total, there).astype(out.dtype)
+
+    if apart:
+        visit, last = pl.program_id(1), pl.num_programs(1) - 1
+
+        @pl.when((visit == last) | (tile[jnp.minimum(visit + 1, last)] != tile[visit]))
+        def _() -> None:
+            @pl.loop(0, tall, step=FEWEST_ROWS)
+            def _(at: Array) -> None:
+                some = pl.ds(pl.multiple_of(at, FEWEST_ROWS), FEWEST_ROWS)
+                result[some] = out[some].reshape(FEWEST_ROWS, *result.shape[1:])
 
 
 def _own_rows(visit: Any, begins: Any, group: Any, tile: Any, shape: tuple[int, int]) -> Array:
@@ -207,10 +239,9 @@ def grouped_outer(left: Array, right: Array, sizes: Array, into: Array) -> Array
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=MEMORY_LIMIT,
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * left.size * right.shape[1],
-            bytes_accessed=left.nbytes * parts[1] + right.nbytes * parts[0] + 2 * into.nbytes,
-            transcendentals=0,
+        cost_estimate=_cost(
+            2 * left.size * right.shape[1],
+            left.nbytes * parts[1] + right.nbytes * parts[0] + 2 * into.nbytes,
         ),
         name="grouped_outer",
     )(*visits[:3], left, right, into)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsjax.kernels.turns import usual_turns
+from dsjax.kernels.rows import sum_rows
+from dsjax.kernels.usual import usual_turns
 
 CHUNK = 1024
 """Rows whose pairs are added up at a time, of all senders together."""
@@ -33,15 +34,8 @@ class Order(NamedTuple):
         return self.pair_of_row // self.row_of_pair.shape[1]
 
     def sum_choices(self, rows: Float[Array, "M D"]) -> Float[Array, "T D"]:
-        """The sum of each token's K rows, in float32; `rows` may be longer than N.
-
-        One gather a choice, added as they come: the array of all pairs is never made.
-        """
-        choices = self.row_of_pair.shape[1]
-        total = jnp.zeros((), jnp.float32)
-        for k in range(choices):
-            total = total + rows[self.row_of_pair[:, k]].astype(jnp.float32)
-        return total.astype(rows.dtype)
+        """The sum of each token's K rows, in float32; `rows` may be longer than N."""
+        return sum_rows(rows, self.row_of_pair)
 
 
 class VisitorOrder(NamedTuple):
@@ -57,12 +51,15 @@ class VisitorOrder(NamedTuple):
     sizes: Int[Array, "E"]
     pairs: Int[Array, "n c"]
     """How many each row brings. It is fastest if those with many come first."""
+    row_of_choice: Int[Array, "R K"]
+    """Where the pairs of each of the R = n x c rows stand; N behind the last one."""
 
     def sum_choices(self, rows: Float[Array, "M D"]) -> Float[Array, "R D"]:
-        """The sum of each row's pairs [n x c, D], in float32; 0 for rows without any.
+        """The sum of each row's pairs [n x c, D], in float32; 0 for rows without any."""
+        return sum_rows(rows, self.row_of_choice, self._sum_in_chunks)
 
-        In chunks of rows, each as deep as its deepest row: gathers are hardly more than pairs.
-        """
+    def _sum_in_chunks(self, rows: Array, _: Array) -> Array:
+        """In chunks of rows, each as deep as its deepest: gathers are hardly more than pairs."""
         senders, room = self.pairs.shape
         chunk = min(max(CHUNK // senders, 1), room)
         begins = jnp.cumsum(self.pairs, axis=1) - self.pairs
@@ -104,7 +101,11 @@ def sort_by_expert(experts: Int[Array, "T K"], count: int) -> Order:
 
 
 def sort_visitors(
-    experts: Int[Array, "n q"], rows: Int[Array, "n q"], pairs: Int[Array, "n c"], count: int
+    experts: Int[Array, "n q"],
+    rows: Int[Array, "n q"],
+    pairs: Int[Array, "n c"],
+    count: int,
+    choices: int,
 ) -> tuple[VisitorOrder, Int[Array, "N"]]:
     """The order by expert of what n devices sent; and which pair each of its rows is.
 
@@ -113,9 +114,16 @@ def sort_visitors(
         rows: of its sender's c rows, the one that brought it.
         pairs: how many pairs each row brings.
         count: experts of this device.
+        choices: K, the most pairs that a row brings.
     """
     order = sort_by_expert(experts.reshape(-1, 1), count)
     arrived = rows + pairs.shape[1] * jnp.arange(len(rows))[:, None]
     token = arrived.ravel()[order.pair_of_row]
     row_of_pair = order.row_of_pair.reshape(experts.shape)
-    return VisitorOrder(token, row_of_pair, order.sizes, pairs), order.pair_of_row
+    place = jnp.arange(rows.shape[1])[None]
+    opens = jnp.pad(rows[:, 1:] != rows[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    choice = place - lax.cummax(jnp.where(opens, place, 0), axis=1)
+    slot = jnp.where(experts < count, arrived * choices + choice, pairs.size * choices)
+    row_of_choice = jnp.full(pairs.size * choices, token.size, row_of_pair.dtype)
+    row_of_choice = row_of_choice.at[slot].set(row_of_pair, mode="drop").reshape(-1, choices)
+    return VisitorOrder(token, row_of_pair, order.sizes, pairs, row_of_choice), order.pair_of_row

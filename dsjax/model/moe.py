@@ -111,6 +111,11 @@ class Router(nnx.Module):
         return Routing(scores, *choose_experts(scores, bias, self.config, given))
 
 
+def devices_in_reach(groups: int, chosen: int, devices: int) -> int:
+    """On how many devices that share the experts in order those of one token are at most."""
+    return min(devices, chosen * -(-devices // groups))
+
+
 class Experts(nnx.Module):
     """The routed experts' SwiGLU matrices, stacked: gate, up [E, F, D] and down [E, D, F]."""
 
@@ -127,6 +132,7 @@ class Experts(nnx.Module):
         self.up = parameter(keys[1], (experts, width, embed), wide, std, dtype)
         self.down = parameter(keys[2], (experts, embed, width), narrow, std, dtype)
         self.inputs_first = False
+        self.groups = config.n_group, config.topk_group
 
     def __call__(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
         """sum_k gate_k * expert_k(x) for every token."""
@@ -140,7 +146,8 @@ class Experts(nnx.Module):
         weights = SwiGLU(*(use(w, x.dtype, s) for w, s in zip(held, scales, strict=True)))
         y: Array
         if (axis := travel_axis("expert")) is not None:
-            y = routed_experts_over(axis, x, weights, routing.experts, routing.gates)
+            reach = devices_in_reach(*self.groups, jax.lax.axis_size(axis))
+            y = routed_experts_over(axis, reach, x, weights, routing.experts, routing.gates)
         else:
             apply = apply_experts if self.inputs_first else routed_experts
             y = apply(x, weights, routing.experts, routing.gates)

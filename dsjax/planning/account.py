@@ -140,8 +140,8 @@ class _Walk:
             total.add(max(arms, key=lambda arm: arm.seconds))
         elif opcode == "call":
             total.add(self.run(instruction.called[0]))
-        elif opcode == "custom-call-start":
-            pass  # only makes room; its update begins
+        elif opcode == "custom-call-start" or self._makes_room(instruction):
+            pass  # of the first an update begins what it is for
         elif opcode.endswith("-start") or self._marks(instruction, "AsyncCollectiveStart"):
             beside.start(self._key(instruction), self._started(instruction, scope))
         elif opcode == "custom-call-update":
@@ -168,6 +168,12 @@ class _Walk:
         ]  # fmt: skip
         cost = max(costs, key=lambda cost: cost.seconds)
         return replace(cost, engine=SPARSE) if cost.engine == CORE else cost
+
+    def _makes_room(self, instruction: Instruction) -> bool:
+        return (
+            instruction.opcode == "custom-call"
+            and instruction.value("custom_call_target") == "AllocateBuffer"
+        )
 
     def _marks(self, instruction: Instruction, target: str) -> bool:
         return instruction.opcode == "fusion" and any(

@@ -5,7 +5,8 @@ The rules, the same for every program:
 1. A Pallas kernel takes its operations at `KERNEL_EFFICIENCY` of the matrix units' peak, or its
    bytes at `MEMORY_EFFICIENCY` of HBM's bandwidth, whichever is longer; `kernels.py` counts both.
 2. A collective takes the bytes that pass a device, over the links that it has for them
-   (`chips.Slice.links`) at `LINK_EFFICIENCY`.
+   (`chips.Slice.links`) at `LINK_EFFICIENCY`; of a ragged exchange the rows that there are as a
+   rule, where our code says how many.
 3. What comes from or goes to the host's memory takes its bytes over PCIe.
 4. A dense matmul takes the compiler's `estimated_cycles` at the chip's clock: it knows what the
    matrix units do.
@@ -147,7 +148,7 @@ class Costs:
         kind = COLLECTIVES[opcode]
         group = first_group(found.attributes, len(self.slice.places))
         size = len(group)
-        result = sum(map(array_bytes, _results(found)))
+        result = sum(_filled(found, array) for array in _results(found))
         sent = result * (size - 1) / size
         if opcode == "reduce-scatter":
             sent *= size
@@ -163,6 +164,14 @@ def _results(collective: Instruction) -> list[Array]:
     found = [array for array in arrays(collective.shape) if array[1]]
     started = collective.opcode in ("all-gather-start", "collective-permute-start")
     return found[len(found) // 2 :] if started else found
+
+
+def _filled(collective: Instruction, array: Array) -> float:
+    """Bytes of what an exchange gives: of a ragged one those of the rows that there usually are."""
+    if not collective.opcode.startswith("ragged"):
+        return array_bytes(array)
+    room = array[1][0]
+    return array_bytes(array) * min(kernels.usual_rows(collective) or room, room) / room
 
 
 def _moved(instruction: Instruction, shapes: list[str]) -> float:

@@ -6,7 +6,8 @@ their shapes whatever they say, because what they compute is more than what is u
 
 - A grouped matmul reads rows in tiles, and a tile once for each group that has rows in it. Its grid
   is among its operands: offsets of `groups + 1`, and twice as many numbers as there are visits, the
-  group and the tile of each. Groups of any size cause `groups - 1` visits more than tiles.
+  group and the tile of each. Groups of any size cause `groups - 1` visits more than tiles. Where
+  there is room for more rows than there are as a rule, and our code says so, tiles are of those.
 - Attention computes whole blocks of scores, those on and below the diagonal; their size is in the
   kernel's metadata. Heads narrower than the matrix unit leave the rest of it idle.
 """
@@ -17,6 +18,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from dsjax.kernels.usual import USUAL_ROWS
 from dsjax.planning.chips import Chip
 from dsjax.planning.hlo import Array, Instruction, arrays, hbm_bytes
 
@@ -53,7 +55,7 @@ def work(call: Instruction, shapes: list[str], chip: Chip) -> Work:
     flops, moved = (float(call.value(key) or 0) for key in ("flops", "bytes_accessed"))
     least = hbm_bytes(call.shape) + sum(map(hbm_bytes, shapes))
     numbers = _numbers(inputs, chip)
-    if grouped := _grouped(inputs, results):
+    if grouped := _grouped(inputs, results, usual_rows(call)):
         return Work(GROUPED, grouped, max(moved, least), numbers)
     kind = ATTENTION if re.search("attention|mha|mqa", call.name + call.attributes) else OTHER
     if moved:
@@ -71,7 +73,13 @@ def _numbers(inputs: list[Array], chip: Chip) -> str:
     return found if found in chip.flops else "bf16"
 
 
-def _grouped(inputs: list[Array], results: list[Array]) -> float:
+def usual_rows(instruction: Instruction) -> int | None:
+    """How many rows there are as a rule, where our code says so (`dsjax.kernels.usual`)."""
+    found = re.search(rf'op_name="[^"]*{USUAL_ROWS}(\d+)', instruction.attributes)
+    return int(found[1]) if found else None
+
+
+def _grouped(inputs: list[Array], results: list[Array], usual: int | None) -> float:
     """Operations of a grouped matmul or of its weight gradient; 0 for any other kernel.
 
     [rows, k] x [groups, k, n] -> [rows, n], a sum of such products where it takes more stacks, or
@@ -86,8 +94,12 @@ def _grouped(inputs: list[Array], results: list[Array]) -> float:
     groups, *matrix = stacks[0]
     visits = max((count for count in counts if counts.count(count) > 1), default=0)
     tiles = visits - (groups - 1)
+    if tiles <= 0:
+        return 0
+    count = min(rows[0], usual or rows[0])
+    needed = math.ceil(count / math.ceil(rows[0] / tiles))
     products = max(len(taken), 1)
-    return 2 * products * rows[0] * math.prod(matrix) * visits / tiles if tiles > 0 else 0
+    return 2 * products * count * math.prod(matrix) * (needed + groups - 1) / needed
 
 
 def _attention(call: Instruction, inputs: list[Array], results: list[Array], chip: Chip) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dsjax.kernels.turns import USUAL_TURNS
+from dsjax.kernels.usual import USUAL_TURNS
 from dsjax.planning.hlo import Instruction, Program
 
 _USUAL = re.compile(USUAL_TURNS + r'(\d+)\)*/while"')
@@ -15,7 +15,7 @@ def trips(program: Program, loop: Instruction, scope: dict[str, Instruction]) ->
 
     XLA's `known_trip_count` is believed. After layouts are assigned it is gone; then the condition
     tells, `counter < limit` with both known before the loop. XLA's counters grow by one. Where only
-    the run decides, a loop of ours may say how often it turns as a rule (`dsjax.kernels.turns`).
+    the run decides, a loop of ours may say how often it turns as a rule (`dsjax.kernels.usual`).
     """
     if known := re.search(r'"?known_trip_count"?:?=?\{"n":"(\d+)"', loop.attributes):
         return int(known[1])

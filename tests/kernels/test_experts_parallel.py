@@ -1,6 +1,7 @@
 """Experts that tokens travel to equal those of one device: values, gradients, at any imbalance."""
 
 import re
+import sys
 from collections import Counter
 from functools import cache, partial
 
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from dsjax.kernels.experts import routed_experts
 from dsjax.kernels.experts_parallel import routed_experts_over
+from dsjax.kernels.rows_tpu import WHOLE
 from dsjax.kernels.swiglu import SwiGLU
 from sharding.expert_parallel import plan_journey
 from sharding.mesh import make_mesh
@@ -76,7 +78,7 @@ def over(devices, choices, dtype=jnp.float32, **others):
 
     def each(x, weights, experts, gates, dy):
         def function(*arguments):
-            return routed_experts_over("expert", *arguments)
+            return routed_experts_over("expert", devices, *arguments)
 
         y, dx, d_weights, d_gates = gradients(function, x, weights, experts, gates, dy)
         if "tensor" in others:
@@ -159,8 +161,10 @@ def test_bfloat16_stays_close_and_keeps_its_dtype():
 def test_the_path_of_accelerators_is_exact_too(chip, monkeypatch):
     """Ragged exchanges, by an emulation of what they document; a TPU's kernels, or `ragged_dot`.
 
-    The kernels are interpreted, and leave rows of no pair NaN.
+    The kernels are interpreted, and leave rows of no pair NaN. Rows are as long as theirs must be.
     """
+    if chip == "tpu":
+        monkeypatch.setattr(sys.modules[__name__], "EMBED", WHOLE)
 
     def choose(*arguments, default, **others):
         return others.get(chip, default)(*arguments)
@@ -170,6 +174,8 @@ def test_the_path_of_accelerators_is_exact_too(chip, monkeypatch):
     monkeypatch.setattr(lax, "ragged_all_to_all", emulate)
     compiled = over.__wrapped__(4, 6)
     monkeypatch.undo()
+    if chip == "tpu":
+        monkeypatch.setattr(sys.modules[__name__], "EMBED", WHOLE)
     for experts, *_ in routings(6, 4).values():
         found, expected, _ = both(compiled, experts)
         assert_close(found, expected, 1e-5)
@@ -187,7 +193,7 @@ def test_only_all_to_alls_and_one_number_travel():
 
 
 def lowered(function, platform):
-    """Collectives of a gradient as jax hands it to XLA for a platform, without compiling it."""
+    """A gradient as jax hands it to XLA for a platform, without compiling it."""
     mesh = make_mesh({"data": 2, "expert": 4})
     x, weights, gates, dy = inputs(6)
     experts = jnp.zeros(gates.shape, jnp.int32)
@@ -199,25 +205,33 @@ def lowered(function, platform):
     gives = BATCH, BATCH, WEIGHTS, BATCH
     step = jax.shard_map(each, mesh=mesh, in_specs=takes, out_specs=gives, check_vma=False)
     traced = jax.jit(step).trace(x, weights, experts, gates, dy)
-    text = traced.lower(lowering_platforms=(platform,)).as_text(debug_info=True)
+    return traced.lower(lowering_platforms=(platform,)).as_text(debug_info=True)
+
+
+def collectives(text):
     counted = r"ragged_all_to_all\(|stablehlo.all_to_all|stablehlo.all_reduce|usual_turns_0/while\""
     return Counter(re.findall(counted, text))
 
 
 def over_four(*arguments):
-    return routed_experts_over("expert", *arguments)
+    return routed_experts_over("expert", 2, *arguments)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_send_only_rows_that_exist(platform):
     """All but messages and the gates' gradients are ragged; the first round is out of the loop."""
-    found = lowered(over_four, platform)
+    found = collectives(lowered(over_four, platform))
     assert found["ragged_all_to_all("] == 2 * (2 + 3)
     assert found['usual_turns_0/while"'] > 0, "further rounds are no rule"
     assert found["stablehlo.all_to_all"] == 2 * (1 + 2)
 
 
+def test_plans_hear_how_many_rows_a_balanced_router_makes():
+    """8 tokens a device have 48 pairs, and go to two of four devices each."""
+    assert set(re.findall(r"usual_rows_(\d+)", lowered(over_four, "tpu"))) == {"16", "48"}
+
+
 def test_recomputing_a_layer_sends_nothing_again():
     """The gradient needs only what came in: under `jax.checkpoint` the forward pass is not run."""
     again = jax.checkpoint(over_four, policy=jax.checkpoint_policies.nothing_saveable)
-    assert lowered(again, "cpu") == lowered(over_four, "cpu")
+    assert collectives(lowered(again, "cpu")) == collectives(lowered(over_four, "cpu"))

@@ -11,7 +11,7 @@ from reference import numpy_model
 
 from dsjax.architecture import DeepSeekConfig
 from dsjax.model.layers import RouterBias
-from dsjax.model.moe import choose_experts
+from dsjax.model.moe import choose_experts, devices_in_reach
 from dsjax.model.transformer import Transformer
 from dsjax.training.step import max_violation, update_biases
 
@@ -99,3 +99,10 @@ def test_max_violation_is_the_papers() -> None:
     found = max_violation(jnp.asarray(load))
     assert off(found, [numpy_model.max_violation(row) for row in load]) < 1e-6
     assert found[0] == 1.5 and found[1] == 0.0
+
+
+def test_the_devices_in_reach_hold_the_groups_that_a_token_can_choose():
+    """V3 chooses 4 of 8 groups, on devices that have several of them, one, or a part of one."""
+    cases = {1: 1, 2: 2, 4: 4, 8: 4, 64: 32}
+    assert {n: devices_in_reach(8, 4, n) for n in cases} == cases
+    assert devices_in_reach(1, 1, 16) == 16  # without groups

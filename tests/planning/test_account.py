@@ -129,6 +129,17 @@ def test_a_sum_over_devices_passes_twice_and_a_scattered_one_once():
     assert twice == pytest.approx(2 * once)
 
 
+def test_a_ragged_exchange_sends_the_rows_that_there_are_as_a_rule():
+    def seconds(kind: str, scope: str) -> float:
+        line = f'  %x = bf16[64,8192,1024] {kind}(%b), metadata={{op_name="jit(f)/{scope}{kind}"}}'
+        return account_of(f"  %b = bf16[64,8192,1024]{{2,1,0}} parameter(0)\n{line}").seconds
+
+    whole = seconds("ragged-all-to-all", "")
+    assert seconds("ragged-all-to-all", "usual_rows_16/") == pytest.approx(whole / 4)
+    assert seconds("ragged-all-to-all", "usual_rows_80/") == whole
+    assert seconds("all-to-all", "usual_rows_16/") == seconds("all-to-all", "") == whole
+
+
 LOOP = f"""\
 %condition (p: (s32[])) -> pred[] {{
   %p = (s32[]) parameter(0)

@@ -43,6 +43,15 @@ def test_a_grouped_matmul_pays_for_tiles_that_it_reads_again(
     assert found.flops == products * 2 * 512 * 32 * 64 * 11 / 4
 
 
+def test_rows_that_only_have_room_are_not_multiplied():
+    """Of 4 tiles there are 2 as a rule, and a visit more for each border between 8 groups."""
+    said = ', metadata={op_name="jit(f)/jvp(usual_rows_256)/grouped_matmul/pallas_call"}'
+    found = call("grouped_matmul", WIDE, [*GRID, NARROW, STACK], said)
+    assert found.flops == 2 * 256 * 32 * 64 * 9 / 2
+    more = call("grouped_matmul", WIDE, [*GRID, NARROW, STACK], said.replace("256", "1000"))
+    assert more == call("grouped_matmul", WIDE, [*GRID, NARROW, STACK])
+
+
 QKV = [f"bf16[2,16,1024,{width}]{{3,2,1,0}}" for width in (192, 192, 128)]
 SCORES = 2 * 16 * 1024 * 1024
 

@@ -30,7 +30,10 @@ def travel(destinations, devices):
         pairs = window.pairs_of_row
         back = jnp.stack([pairs, window.token_of_row * pairs], axis=-1).astype(jnp.float32)
         names = jnp.where(window.real, window.pair, -1).astype(jnp.float32)
-        return window, journey.sum_rows(index, back), journey.pick_pairs(index, names)
+        at, rows = journey.rows_of(index), back.reshape(-1, 2)
+        assert at.shape == (len(destinations), min(destinations.shape[1], devices))
+        home = rows.at[at].get(mode="fill", fill_value=0).sum(1)
+        return window, home, journey.pick_pairs(index, names)
 
     windows, sums, picked = jax.vmap(one_round)(jnp.arange(journey.room.windows))
     return windows, journey.window.max() + 1, sums.sum(0), picked.sum(0)
