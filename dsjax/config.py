@@ -183,9 +183,13 @@ class StepConfig(Section):
     microbatch_size: int = Field(gt=0)
     """Rows, over all devices, whose gradients are made at once."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["keep_all", "keep_matmuls", "keep_layer_inputs", "keep_layer_inputs_on_host"] = (
-        "keep_layer_inputs"
-    )
+    remat: Literal[
+        "keep_all",
+        "keep_matmuls",
+        "keep_attention",
+        "keep_layer_inputs",
+        "keep_layer_inputs_on_host",
+    ] = "keep_layer_inputs"
     loss_chunk: int = Field(512, gt=0)
     """Positions of a row whose logits exist at the same time."""
     balance_loss_weight: float = Field(1e-4, ge=0)

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import ModelConfig
+from dsjax.kernels import attention
 from dsjax.model.block import Block, make_stack
 from dsjax.model.layers import Embedding, Linear, RMSNorm, use
 from dsjax.model.moe import ExpertStats, expert_stats
@@ -26,7 +27,9 @@ from dsjax.model.rope import rotary_table
 from sharding.by_hand import is_gathering, sequence_part
 from sharding.rules import constrain
 
-Remat = Literal["keep_all", "keep_matmuls", "keep_layer_inputs", "keep_layer_inputs_on_host"]
+Remat = Literal[
+    "keep_all", "keep_matmuls", "keep_attention", "keep_layer_inputs", "keep_layer_inputs_on_host"
+]
 """What the backward pass finds in memory, the device's or the host's; everything else is computed
 again, and gathered weights are gathered again, whatever is kept."""
 
@@ -195,6 +198,7 @@ def rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., A
     policies = {
         "keep_all": _all_but_gathered_weights,
         "keep_matmuls": ready_made.dots_with_no_batch_dims_saveable,
+        "keep_attention": ready_made.save_only_these_names(_LAYER_INPUT, attention.KEPT),
         "keep_layer_inputs": ready_made.nothing_saveable,
         "keep_layer_inputs_on_host": ready_made.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
