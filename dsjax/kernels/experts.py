@@ -79,9 +79,8 @@ def _forward(x: Array, weights: SwiGLU, experts: Array, gates: Array) -> tuple[A
 def _backward(saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
     order = saved.order
     gates = saved.gates.ravel()[order.pair_of_row]
-    zeros = jax.tree.map(jnp.zeros_like, saved.weights)
     dx, d_weights, d_gates = multiply_gradient(
-        saved.x, saved.weights, order, gates, saved.before, dy, zeros
+        saved.x, saved.weights, order, gates, saved.before, dy, None
     )
     return dx, d_weights, None, d_gates[order.row_of_pair].astype(saved.gates.dtype)
 
@@ -111,13 +110,13 @@ def multiply_gradient(
     gates: Float[Array, "N"],
     before: tuple[Float[Array, "N F"], Float[Array, "N F"]] | None,
     dy: Float[Array, "T D"],
-    into: SwiGLU,
+    into: SwiGLU | None,
 ) -> tuple[Float[Array, "T D"], SwiGLU, Float[Array, "N"]]:
     """Gradients of x, weights and gates, given `multiply`'s second result and the gradient of y.
 
     Args:
         before: made again from x where it is None.
-        into: what the gradient of the matrices is added to, in its dtype.
+        into: what the gradient of the matrices is added to, in its dtype; None is zeros, in theirs.
     """
     return lax.platform_dependent(
         x,
@@ -160,7 +159,7 @@ def _backward_grouped(
     gates: Array,
     before: tuple[Array, Array] | None,
     dy: Array,
-    into: SwiGLU,
+    into: SwiGLU | None,
 ) -> tuple[Array, SwiGLU, Array]:
     token, sizes = order.token_of_row, order.sizes
     rows, d_out = take_rows(x, token), take_rows(dy, token)
@@ -170,9 +169,9 @@ def _backward_grouped(
     d_rows = grouped_matmul(
         sizes, (d_gate, weights.gate), (d_up, weights.up), inputs_first=True, apart=True
     )
+    factors = (d_gate, rows), (d_up, rows), (d_out, inner)
+    stacks = into or (None, None, None)
     d_weights = SwiGLU(
-        grouped_outer(d_gate, rows, sizes, into.gate),
-        grouped_outer(d_up, rows, sizes, into.up),
-        grouped_outer(d_out, inner, sizes, into.down),
+        *(grouped_outer(*pair, sizes, stack) for pair, stack in zip(factors, stacks, strict=True))
     )
     return order.sum_choices(d_rows), d_weights, d_gates
