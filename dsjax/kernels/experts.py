@@ -139,7 +139,8 @@ def multiply_gradient(
 def _forward_grouped(
     x: Array, weights: SwiGLU, order: Order | VisitorOrder, gates: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    h, u = _before(take_rows(x, order.token_of_row), weights, order.sizes)
+    rows = take_rows(x, order.token_of_row, order.sizes.sum())
+    h, u = _before(rows, weights, order.sizes)
     inner = swiglu(h, u, gates)
     out = grouped_matmul(order.sizes, (inner, weights.down), inputs_first=False, apart=True)
     return order.sum_choices(out), (h, u)
@@ -162,7 +163,7 @@ def _backward_grouped(
     into: SwiGLU | None,
 ) -> tuple[Array, SwiGLU, Array]:
     token, sizes = order.token_of_row, order.sizes
-    rows, d_out = take_rows(x, token), take_rows(dy, token)
+    rows, d_out = (take_rows(a, token, sizes.sum()) for a in (x, dy))
     h, u = _before(rows, weights, sizes) if before is None else before
     d_inner = grouped_matmul(sizes, (d_out, weights.down), inputs_first=True)
     inner, d_gate, d_up, d_gates = swiglu_gradient(h, u, gates, d_inner)
