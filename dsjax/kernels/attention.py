@@ -74,7 +74,7 @@ def causal_attention(
     return out[:, :, : q.shape[1]].swapaxes(1, 2)
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     """What the backward pass needs, all [B, H, S, ...] but the ids."""
 
     q: Array
@@ -87,10 +87,11 @@ class _Saved(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(q: Array, k: Array, v: Array, ids: Array, scale: float) -> Array:
-    return _forward(q, k, v, ids, scale)[0]
+    return forward(q, k, v, ids, scale)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, ids: Array, scale: float) -> tuple[Array, _Saved]:
+def forward(q: Array, k: Array, v: Array, ids: Array, scale: float) -> tuple[Array, Saved]:
+    """The output, and what `backward` needs; heads before places, and those in whole blocks."""
     keys = Keys(k, v, ids, 0)
 
     def query_block(i: Array) -> tuple[Array, Array]:
@@ -102,10 +103,11 @@ def _forward(q: Array, k: Array, v: Array, ids: Array, scale: float) -> tuple[Ar
     out, log_sum = lax.map(query_block, jnp.arange(q.shape[2] // BLOCK))
     out = jnp.moveaxis(out, 0, 2).reshape(v.shape)
     log_sum = jnp.moveaxis(log_sum, 0, 2).reshape(q.shape[:3])
-    return out, _Saved(q, k, v, ids, out, log_sum)
+    return out, Saved(q, k, v, ids, out, log_sum)
 
 
-def _backward(scale: float, saved: _Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
+def backward(scale: float, saved: Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
+    """Gradients of q, k and v, and none of the ids."""
     q, k, v, ids, out, log_sum = saved
     keys = Keys(k, v, ids, 0)
     inner = inner_products(out, d_out)
@@ -123,4 +125,4 @@ def _backward(scale: float, saved: _Saved, d_out: Array) -> tuple[Array, Array, 
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(forward, backward)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import grouped_matmul_tpu as tpu
 from dsjax.kernels.blocks import fold_blocks, fold_experts
-from dsjax.kernels.rows import alone
+from dsjax.kernels.tpu_core import alone
 
 Factors = tuple[Float[Array, "N I"], Float[Array, "E A B"]]
 """Rows, sorted by group, and the matrices of all groups; in one dtype."""

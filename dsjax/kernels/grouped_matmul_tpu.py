@@ -29,14 +29,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from dsjax.kernels.rows_tpu import WHOLE
+from dsjax.kernels.tpu_core import LANES, MEMORY_LIMIT, matrix_unit
 
 MEMORY = 40 * 2**20
 """Bytes that the blocks of a kernel may take, each twice: one is computed while one is moved."""
 
-MEMORY_LIMIT = 56 * 2**20
-"""And with what the compiler adds. A core has 64 MiB on v5p and TPU7x, 128 on v5e and v6e."""
-
-LANES = 128
 FEWEST_ROWS = 16
 """Of a tile: bfloat16 comes in sixteens."""
 
@@ -84,18 +81,10 @@ def rows_of_tile(rows: int, groups: int) -> int:
     At most the width of the chip's matrix unit. That many rows keep it busy while it gets its next
     weights, and in an outer product they fill it; more would be computed twice where groups meet.
     """
-    tile = _matrix_unit()
+    tile = matrix_unit()
     while tile > FEWEST_ROWS and tile * groups > rows:
         tile //= 2
     return tile
-
-
-def _matrix_unit() -> int:
-    """Its width, of the mesh's chips, or of jax's own where there is no mesh; or v5's.
-
-    There may be no such chip: the kernels of a TPU are traced, not compiled, on every backend.
-    """
-    return pltpu.get_tpu_info().mxu_column_size if pltpu.is_tpu_device() else LANES
 
 
 def columns_of_tile(columns: int, fits: Callable[[int], bool]) -> int:

@@ -10,21 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import rows_tpu as tpu
-
-
-def alone() -> bool:
-    """Whether arrays here are those of one device: XLA cannot split a kernel of ours over several.
-
-    They are without a mesh, or in a `shard_map` over all of its axes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return all(mesh.shape[axis] == 1 or axis in mesh.manual_axes for axis in mesh.axis_names)
+from dsjax.kernels.tpu_core import LANES, alone
 
 
 def take_rows(
@@ -47,7 +38,7 @@ def take_rows(
 def send_rows(x: Float[Array, "T D"], index: Int[Array, "n c"]) -> Float[Array, "n c D"]:
     """`x[index]`, by way of the form in which rows travel on a TPU: fewer are turned to it."""
     width = x.shape[1]
-    form = (width // tpu.LANES, tpu.LANES) if width % tpu.WHOLE == 0 else (width,)
+    form = (width // LANES, LANES) if width % tpu.WHOLE == 0 else (width,)
     return x.reshape(len(x), *form)[index].reshape(*index.shape, width)
 
 

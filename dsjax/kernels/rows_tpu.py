@@ -22,17 +22,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from dsjax.kernels.tpu_core import LANES, MEMORY_LIMIT
 from dsjax.kernels.usual import as_a_rule
 
-LANES = 128
 WHOLE = 8 * LANES
 """Numbers of a row whose lines of 128 are whole tiles, come in so many."""
 
 MEMORY = 32 * 2**20
 """Bytes for the rows of two tiles."""
-
-MEMORY_LIMIT = 56 * 2**20
-"""And with sums and indices; a core has 64 MiB or more."""
 
 TALLEST = 64
 """Sums of a tile, at most."""

@@ -169,9 +169,12 @@ class Linear(nnx.Module):
         """Contract the last dimensions of x with the weight's inputs, and add the bias."""
         weight = use(self.weight, x.dtype, scale_of(self, "weight"))
         n = len(self.into)
-        mine = tuple(range(x.ndim - n, x.ndim))
-        first = 0 if self.inputs_first else weight.ndim - n
-        y = jax.lax.dot_general(x, weight, ((mine, tuple(range(first, first + n))), ((), ())))
+        outputs = weight.shape[n:] if self.inputs_first else weight.shape[:-n]
+        # Flat: what is so already, heads after heads, need not be laid out anew to be multiplied.
+        flat = x.reshape(*x.shape[: x.ndim - n], -1)
+        weight = weight.reshape(-1, *outputs) if self.inputs_first else weight.reshape(*outputs, -1)
+        axis = 0 if self.inputs_first else weight.ndim - 1
+        y = jax.lax.dot_general(flat, weight, (((flat.ndim - 1,), (axis,)), ((), ())))
         y = summed(y, *self.into)
         if (adapter := adapter_of(self)) is not None:
             y += adapter(x)

@@ -22,9 +22,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import DeepSeekConfig
-from dsjax.kernels.attention import causal_attention
+from dsjax.kernels.mla_attention import Attending, mla_attention
 from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
 from dsjax.kernels.ring_attention import ring_attention
+from dsjax.kernels.rotary import rotate_flat
 from dsjax.model.layers import Linear, RMSNorm, use
 from dsjax.model.rope import RotaryTable, rotate_pairs, softmax_scale
 from sharding.by_hand import travel_axis
@@ -79,17 +80,33 @@ class MLA(nnx.Module):
         segment_ids: Int[Array, "B S"],
     ) -> Float[Array, "B S D"]:
         """Causal attention among the tokens of x; where a sequence is split, its latents travel."""
-        latent = self._latent(x, table)
-        q = jnp.concatenate(self._queries(x, table), axis=-1)
+        c = self.config
+        c_kv, k_rope = latent = self._latent(x, table)
         weight = self.kv_b.matrix(x.dtype)
-        expand = partial(_expand, self.config.qk_nope_head_dim)
-        scale = softmax_scale(self.config)
-        heads: Array
+        scale = softmax_scale(c)
         if (axis := travel_axis("sequence")) is not None:
-            heads = ring_attention(axis, q, latent, segment_ids, weight, expand, scale)
+            q = jnp.concatenate(self._queries(x, table), axis=-1)
+            expand = partial(_expand, c.qk_nope_head_dim)
+            heads: Array = ring_attention(axis, q, latent, segment_ids, weight, expand, scale)
+            return self.out(heads)
+        k_nope, v = (
+            _of_all_heads(c_kv, part)
+            for part in (weight[:, : c.qk_nope_head_dim], weight[:, c.qk_nope_head_dim :])
+        )
+        attending = Attending(*self._flat_queries(x, table), k_nope, k_rope, v, segment_ids)
+        flat: Array = mla_attention(attending, len(weight), scale)
+        return self.out(flat.reshape(*x.shape[:2], len(weight), c.v_head_dim))
+
+    def _flat_queries(self, x: Array, table: RotaryTable) -> tuple[Array, Array]:
+        """No-rope and rotated halves of all heads, [B, S, H nope] and [B, S, H rope]."""
+        nope = self.config.qk_nope_head_dim
+        if self.config.q_lora_rank is None:
+            weight = self.q.matrix(x.dtype)
         else:
-            heads = causal_attention(q, *expand(latent, weight), segment_ids, scale)
-        return self.out(heads)
+            x, weight = self.q_a_norm(self.q_a(x)), self.q_b.matrix(x.dtype)
+        # A weight is cut, which is small, and not what it makes of every token.
+        rope = jnp.concatenate([weight[:, nope::2], weight[:, nope + 1 :: 2]], axis=1)
+        return _of_all_heads(x, weight[:, :nope]), rotate_flat(_of_all_heads(x, rope), *table)
 
     def extend(
         self,
@@ -155,6 +172,12 @@ class MLA(nnx.Module):
         """What attention remembers of tokens: c_kv after its norm, k_rope after its rotation."""
         c_kv, k_rope = jnp.split(self.kv_a(x), [self.config.kv_lora_rank], axis=-1)
         return self.kv_a_norm(c_kv), rotate_pairs(k_rope, table)
+
+
+def _of_all_heads(x: Float[Array, "B S R"], weight: Float[Array, "H N R"]) -> Array:
+    """[B, S, H N], the heads of a token one after the other."""
+    flat = jnp.einsum("bsr,nr->bsn", x, weight.reshape(-1, x.shape[-1]))
+    return constrain(flat, "batch", "sequence", "heads")
 
 
 def _expand(

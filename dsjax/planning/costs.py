@@ -162,8 +162,13 @@ class Costs:
 def _results(collective: Instruction) -> list[Array]:
     """What an exchange gives; one that is only started has what it was given before it."""
     found = [array for array in arrays(collective.shape) if array[1]]
-    started = collective.opcode in ("all-gather-start", "collective-permute-start")
-    return found[len(found) // 2 :] if started else found
+    match collective.opcode:
+        case "all-gather-start" | "collective-permute-start":
+            return found[len(found) // 2 :]
+        case "ragged-all-to-all-start":  # rows, where they go, numbers of rows, the result
+            return found[1:2]
+        case _:
+            return found
 
 
 def _filled(collective: Instruction, array: Array) -> float:

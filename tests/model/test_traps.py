@@ -23,8 +23,8 @@ from reference.configs import CONFIGS, MOONLIGHT
 from reference.weights import place, random_weights
 
 from dsjax.architecture import DeepSeekConfig
-from dsjax.kernels.attention import causal_attention_reference
 from dsjax.kernels.experts import routed_experts_reference
+from dsjax.kernels.mla_attention import mla_attention_reference
 from dsjax.model import block, mla, moe, mtp, rope, transformer
 
 from .conftest import LENGTH, off, random_tokens
@@ -182,6 +182,19 @@ TRAPS: dict[str, tuple[str, Edit | Setting | Misread]] = {
             "*jnp.split(x, 2, axis=-1)",
         ),
     ),
+    "a query's rotary pairs are halves, not neighbours": (
+        "v3",
+        Edit(
+            mla.MLA,
+            "_flat_queries",
+            "weight[:, nope::2], weight[:, nope + 1 :: 2]",
+            "weight[:, nope:]",
+        ),
+    ),
+    "a query's pairs turn the other way": (
+        "v3",
+        Edit(mla.MLA, "_flat_queries", "x, rope), *table)", "x, rope), table[0], -table[1])"),
+    ),
     "pairs turn the other way": (
         "v3",
         Edit(
@@ -289,7 +302,7 @@ def departure(name: str, misread: Misread | None = None) -> float:
 @pytest.fixture(autouse=True)
 def simple_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' meanings, which run operation by operation: nothing is compiled for a trap."""
-    monkeypatch.setattr(mla, "causal_attention", causal_attention_reference)
+    monkeypatch.setattr(mla, "mla_attention", mla_attention_reference)
     monkeypatch.setattr(moe, "routed_experts", routed_experts_reference)
 
 
