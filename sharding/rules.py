@@ -36,7 +36,11 @@ TRAIN_RULES: Rules = {
     "embed": ("fsdp", "expert", "context"),
     "q_lora": ("fsdp", "expert", "context"),
     "kv_lora": ("fsdp", "expert", "context"),
+    # Of the experts' stacks the middle dimension: what is gathered along the last one, where
+    # numbers are neighbours in memory, has to be turned before it can be multiplied.
     "expert_embed": ("fsdp", "context"),
+    "expert_mlp": ("tensor", "fsdp", "context"),
+    "expert_input": (),
     # Few: every device holds them all, and needs them for whichever heads it has.
     "kv_heads": (),
     "head_dim": (),
@@ -55,6 +59,7 @@ PREFILL_RULES: Rules = TRAIN_RULES | {
     "q_lora": ("fsdp",),
     "kv_lora": ("fsdp",),
     "expert_embed": ("fsdp",),
+    "expert_mlp": ("tensor", "fsdp"),
 }
 
 DECODE_RULES: Rules = PREFILL_RULES | {

@@ -79,9 +79,8 @@ def _forward(x: Array, weights: SwiGLU, experts: Array, gates: Array) -> tuple[A
 def _backward(saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
     order = saved.order
     gates = saved.gates.ravel()[order.pair_of_row]
-    zeros = jax.tree.map(jnp.zeros_like, saved.weights)
     dx, d_weights, d_gates = multiply_gradient(
-        saved.x, saved.weights, order, gates, saved.before, dy, zeros
+        saved.x, saved.weights, order, gates, saved.before, dy, None
     )
     return dx, d_weights, None, d_gates[order.row_of_pair].astype(saved.gates.dtype)
 
@@ -111,13 +110,13 @@ def multiply_gradient(
     gates: Float[Array, "N"],
     before: tuple[Float[Array, "N F"], Float[Array, "N F"]] | None,
     dy: Float[Array, "T D"],
-    into: SwiGLU,
+    into: SwiGLU | None,
 ) -> tuple[Float[Array, "T D"], SwiGLU, Float[Array, "N"]]:
     """Gradients of x, weights and gates, given `multiply`'s second result and the gradient of y.
 
     Args:
         before: made again from x where it is None.
-        into: what the gradient of the matrices is added to, in its dtype.
+        into: what the gradient of the matrices is added to, in its dtype; None is zeros, in theirs.
     """
     return lax.platform_dependent(
         x,
@@ -140,7 +139,8 @@ def multiply_gradient(
 def _forward_grouped(
     x: Array, weights: SwiGLU, order: Order | VisitorOrder, gates: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    h, u = _before(take_rows(x, order.token_of_row), weights, order.sizes)
+    rows = take_rows(x, order.token_of_row, order.sizes.sum())
+    h, u = _before(rows, weights, order.sizes)
     inner = swiglu(h, u, gates)
     out = grouped_matmul(order.sizes, (inner, weights.down), inputs_first=False, apart=True)
     return order.sum_choices(out), (h, u)
@@ -160,19 +160,19 @@ def _backward_grouped(
     gates: Array,
     before: tuple[Array, Array] | None,
     dy: Array,
-    into: SwiGLU,
+    into: SwiGLU | None,
 ) -> tuple[Array, SwiGLU, Array]:
     token, sizes = order.token_of_row, order.sizes
-    rows, d_out = take_rows(x, token), take_rows(dy, token)
+    rows, d_out = (take_rows(a, token, sizes.sum()) for a in (x, dy))
     h, u = _before(rows, weights, sizes) if before is None else before
     d_inner = grouped_matmul(sizes, (d_out, weights.down), inputs_first=True)
     inner, d_gate, d_up, d_gates = swiglu_gradient(h, u, gates, d_inner)
     d_rows = grouped_matmul(
         sizes, (d_gate, weights.gate), (d_up, weights.up), inputs_first=True, apart=True
     )
+    factors = (d_gate, rows), (d_up, rows), (d_out, inner)
+    stacks = into or (None, None, None)
     d_weights = SwiGLU(
-        grouped_outer(d_gate, rows, sizes, into.gate),
-        grouped_outer(d_up, rows, sizes, into.up),
-        grouped_outer(d_out, inner, sizes, into.down),
+        *(grouped_outer(*pair, sizes, stack) for pair, stack in zip(factors, stacks, strict=True))
     )
     return order.sum_choices(d_rows), d_weights, d_gates

@@ -54,11 +54,12 @@ def backward(
     gates: Array,
     before: tuple[Array, Array] | None,
     dy: Array,
-    into: SwiGLU,
+    into: SwiGLU | None,
 ) -> tuple[Array, SwiGLU, Array]:
     """Gradients of x [T, D], of the matrices and of the rows' gates [N], given that of y.
 
-    Those of the matrices are added to `into`; without `before` the pre-activations are made again.
+    Those of the matrices are added to `into`, if there is any; without `before` the pre-activations
+    are made again.
     """
     rows = gates.size
     token, gates = _padded(order.token_of_row), _padded(gates)
@@ -91,7 +92,7 @@ def backward(
     start = (
         jnp.zeros((rows + BLOCKS[0], x.shape[1]), x.dtype),
         jnp.zeros(rows + BLOCKS[0]),
-        into,
+        jax.tree.map(jnp.zeros_like, weights) if into is None else into,
     )
     d_rows, d_gates, d_weights = fold_experts(order.sizes, one_expert, start)
     return order.sum_choices(d_rows), d_weights, d_gates[:rows]

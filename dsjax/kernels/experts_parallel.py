@@ -21,7 +21,6 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels.experts import multiply, multiply_gradient
@@ -91,13 +90,13 @@ def _forward(
     journey = _plan(axis, weights, experts)
     send = partial(_send, axis, reach, experts)
 
-    def one_round(index: Array | int, y: Array) -> Array:
+    def one_round(index: Array | int, y: Array | None) -> Array:
         now = _introduce(axis, journey, index, weights, experts, gates)
         rows = send(send_rows(x, now.window.token_of_row), now.window.rows, now.arrived)
         with usual_rows(gates.size):
             out, _ = multiply(_flat(rows), weights, now.visitors, now.gates)
         back = send(out.reshape(rows.shape), now.arrived, now.window.rows)
-        return y + sum_rows(_flat(back), journey.rows_of(index)).astype(y.dtype)
+        return _plus(y, sum_rows(_flat(back), journey.rows_of(index)))
 
     return _fold_rounds(journey, one_round, x), _Saved(x, weights, experts, gates)
 
@@ -109,9 +108,9 @@ def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, S
     send = partial(_send, axis, reach, experts)
 
     def one_round(
-        index: Array | int, sums: tuple[Array, SwiGLU, Array]
+        index: Array | int, sums: tuple[Array, SwiGLU, Array] | None
     ) -> tuple[Array, SwiGLU, Array]:
-        dx, d_weights, d_gates = sums
+        dx, into, d_gates = sums or (None, None, None)
         now = _introduce(axis, journey, index, weights, experts, gates)
         x_rows, dy_rows = (
             send(send_rows(a, now.window.token_of_row), now.window.rows, now.arrived)
@@ -119,14 +118,14 @@ def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, S
         )
         with usual_rows(gates.size):
             d_rows, d_weights, d_pairs = multiply_gradient(
-                _flat(x_rows), weights, now.visitors, now.gates, None, _flat(dy_rows), d_weights
+                _flat(x_rows), weights, now.visitors, now.gates, None, _flat(dy_rows), into
             )
         back = send(d_rows.reshape(x_rows.shape), now.arrived, now.window.rows)
         d_pairs = exchange_whole(axis, d_pairs[now.visitors.row_of_pair])
         return (
-            dx + sum_rows(_flat(back), journey.rows_of(index)).astype(dx.dtype),
+            _plus(dx, sum_rows(_flat(back), journey.rows_of(index))),
             d_weights,
-            d_gates + journey.pick_pairs(index, d_pairs).astype(d_gates.dtype),
+            _plus(d_gates, journey.pick_pairs(index, d_pairs)),
         )
 
     dx, d_weights, d_gates = _fold_rounds(journey, one_round, (x, weights, gates))
@@ -149,19 +148,16 @@ def _send(
 
 
 def _fold_rounds(
-    journey: Journey, one_round: Callable[[Array | int, Sums], Sums], like: Sums
+    journey: Journey, one_round: Callable[[Array | int, Sums | None], Sums], like: Sums
 ) -> Sums:
     """Fold `one_round(index, sums)` over as many rounds as it takes, as a rule one.
 
     Sums are in float32, and in the dtypes of `like` in the end. The first round stands outside of
     the loop, for its exchange to run beside work that does not need it (the shared expert), and for
-    sums of one round to be as short as the result. A CPU overlaps nothing, and has less to compile
-    where all are in the loop.
+    sums of one round to be what it gives, without a copy in float32. A CPU overlaps nothing, and
+    has less to compile where all are in the loop.
     """
     rounds = journey.rounds()
-
-    def zeros(dtype: DTypeLike | None) -> Sums:
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, dtype or a.dtype), like)
 
     def shortened(sums: Sums) -> Sums:
         return jax.tree.map(lambda a, b: a.astype(b.dtype), sums, like)
@@ -171,15 +167,20 @@ def _fold_rounds(
         with usual_turns(0):
             return shortened(lax.fori_loop(1, rounds, one_round, exact))
 
+    def all_in_one() -> Sums:
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), like)
+        return shortened(lax.fori_loop(0, rounds, one_round, zeros))
+
     def with_first_outside() -> Sums:
-        sums = one_round(0, zeros(None))
+        sums = shortened(one_round(0, None))
         with usual_turns(0):  # as a branch that is not taken would be, but sums stay in place
             return lax.fori_loop(0, jnp.minimum(rounds - 1, 1), others, sums)
 
-    return lax.platform_dependent(
-        cpu=lambda: shortened(lax.fori_loop(0, rounds, one_round, zeros(jnp.float32))),
-        default=with_first_outside,
-    )
+    return lax.platform_dependent(cpu=all_in_one, default=with_first_outside)
+
+
+def _plus(total: Array | None, more: Array) -> Array:
+    return more if total is None else total + more.astype(total.dtype)
 
 
 def _introduce(

@@ -82,7 +82,7 @@ def grouped_outer(
     left: Float[Array, "N A"],
     right: Float[Array, "N B"],
     sizes: Int[Array, "E"],
-    into: Float[Array, "E A B"],
+    into: Float[Array, "E A B"] | None = None,
 ) -> Float[Array, "E A B"]:
     """`into` and the outer products left_n right_n^T of each group's rows.
 
@@ -93,7 +93,8 @@ def grouped_outer(
         left: sorted by group.
         right: in the dtype of `left`.
         sizes: rows of each group; rows beyond may be anything, not finite even.
-        into: what is added to, and the dtype of the result. XLA reuses its memory if it can.
+        into: what is added to, and the dtype of the result; XLA reuses its memory if it can.
+            Without it there are zeros, in the dtype of `left`.
     """
     if not alone():
         return _outer_in_blocks(left, right, sizes, into)
@@ -106,7 +107,10 @@ OUTER_BLOCKS = (2048, 256)
 """Rows of one product for the matrices' gradients: many, since each reads and writes the sum."""
 
 
-def _outer_in_blocks(left: Array, right: Array, sizes: Array, into: Array) -> Array:
+def _outer_in_blocks(left: Array, right: Array, sizes: Array, into: Array | None) -> Array:
+    if into is None:
+        into = jnp.zeros((len(sizes), left.shape[1], right.shape[1]), left.dtype)
+
     def one_expert(expert: Array, begin: Array, size: Array, stack: Array) -> Array:
         def one_block(at: Array, count: int, total: Array) -> Array:
             first = jnp.minimum(at, len(right) - count)

@@ -16,6 +16,7 @@ cannot add to a stack. docs/performance.md compares them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,16 +54,19 @@ class Visits(NamedTuple):
     count: Int[Array, ""]
 
 
-def plan_visits(sizes: Int[Array, "E"], rows: int, tile: int) -> Visits:
+def plan_visits(sizes: Int[Array, "E"], rows: int, tile: int, every: bool = False) -> Visits:
     """Every pair of a group and a tile of so many rows that share one, by group.
 
     V = tiles + E - 1, the most there can be.
+
+    Args:
+        every: a group without rows is visited too, once.
     """
     tiles = pl.cdiv(rows, tile)
     ends = jnp.cumsum(sizes.astype(jnp.int32))
     begins = ends - sizes.astype(jnp.int32)
     first = begins // tile
-    counts = jnp.where(sizes > 0, (ends - 1) // tile - first + 1, 0)
+    counts = jnp.where(sizes > 0, (ends - 1) // tile - first + 1, int(every))
     visited = jnp.cumsum(counts)
     visit = jnp.arange(tiles + sizes.size - 1, dtype=jnp.int32)
     group = jnp.searchsorted(visited, visit, side="right").astype(jnp.int32)
@@ -202,62 +206,68 @@ def _own_rows(visit: Any, begins: Any, group: Any, tile: Any, shape: tuple[int, 
     return (row >= begins[group[visit]]) & (row < begins[group[visit] + 1])
 
 
-def grouped_outer(left: Array, right: Array, sizes: Array, into: Array) -> Array:
+def grouped_outer(left: Array, right: Array, sizes: Array, into: Array | None) -> Array:
     """`dsjax.kernels.grouped_matmul.grouped_outer` on a TPU: `into` becomes the result, in place.
 
-    Groups without rows are not visited.
+    Groups without rows are not visited then.
     """
-    count, size = len(left), left.dtype.itemsize
+    (count, first), second = left.shape, right.shape[1]
+    out = jax.ShapeDtypeStruct((len(sizes), first, second), left.dtype) if into is None else into
+    stacks = [] if into is None else [into]
+    size, wide_size = left.dtype.itemsize, out.dtype.itemsize * (1 + len(stacks))
     tall = rows_of_tile(count, len(sizes))
-    exact = into.dtype == jnp.float32
-    each = 4 * into.dtype.itemsize + (0 if exact else 4)
+    exact = out.dtype == jnp.float32
+    each = 2 * wide_size + (0 if exact else 4)
 
     def fits(high: int, wide: int) -> bool:
         return each * high * wide + 2 * size * tall * (high + wide) <= MEMORY
 
-    high = columns_of_tile(left.shape[1], lambda high: fits(high, SIDE))
-    wide = columns_of_tile(right.shape[1], lambda wide: fits(high, wide))
-    parts = pl.cdiv(left.shape[1], high), pl.cdiv(right.shape[1], wide)
-    visits = plan_visits(sizes, count, tall)
+    high = columns_of_tile(first, lambda high: fits(high, SIDE))
+    wide = columns_of_tile(second, lambda wide: fits(high, wide))
+    parts = pl.cdiv(first, high), pl.cdiv(second, wide)
+    visits = plan_visits(sizes, count, tall, every=into is None)
     stack = pl.BlockSpec((None, high, wide), lambda i, j, visit, _, group, __: (group[visit], i, j))
     return pl.pallas_call(
-        _add_outer,
-        out_shape=jax.ShapeDtypeStruct(into.shape, into.dtype),
+        partial(_add_outer, added=bool(stacks)),
+        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(*parts, visits.count),
             in_specs=[
                 pl.BlockSpec((tall, high), lambda i, j, visit, _, __, tile: (tile[visit], i)),
                 pl.BlockSpec((tall, wide), lambda i, j, visit, _, __, tile: (tile[visit], j)),
-                stack,
+                *[stack] * len(stacks),
             ],
             out_specs=stack,
             scratch_shapes=[] if exact else [pltpu.VMEM((high, wide), jnp.float32)],
         ),
-        input_output_aliases={5: 0},
+        input_output_aliases={5: 0} if stacks else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=MEMORY_LIMIT,
         ),
         cost_estimate=_cost(
-            2 * left.size * right.shape[1],
-            left.nbytes * parts[1] + right.nbytes * parts[0] + 2 * into.nbytes,
+            2 * left.size * second,
+            left.nbytes * parts[1] + right.nbytes * parts[0] + wide_size * math.prod(out.shape),
         ),
         name="grouped_outer",
-    )(*visits[:3], left, right, into)
+    )(*visits[:3], left, right, *stacks)
 
 
 def _add_outer(
-    begins: Any, group: Any, tile: Any, left: Any, right: Any, into: Any, out: Any, *scratch: Any
+    begins: Any, group: Any, tile: Any, left: Any, right: Any, *blocks: Any, added: bool
 ) -> None:
-    """One visit: the outer products of a tile's rows that are of this group."""
-    total = scratch[0] if scratch else out
+    """One visit: the outer products of a tile's rows that are of this group.
+
+    Blocks are what is `added` to, if anything, the result's, and a sum apart if that is shorter.
+    """
+    out, total = blocks[added], blocks[-1]
     visit, last = pl.program_id(2), pl.num_programs(2) - 1
     mine = group[visit]
 
     @pl.when((visit == 0) | (group[jnp.maximum(visit - 1, 0)] != mine))
     def _() -> None:
-        total[...] = into[...].astype(jnp.float32)
+        total[...] = blocks[0][...].astype(jnp.float32) if added else jnp.zeros_like(total)
 
     def masked(block: Any) -> Array:
         own = _own_rows(visit, begins, group, tile, block.shape)
@@ -268,7 +278,7 @@ def _add_outer(
         masked(left), masked(right), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
 
-    if scratch:
+    if total is not out:
 
         @pl.when((visit == last) | (group[jnp.minimum(visit + 1, last)] != mine))
         def _() -> None:

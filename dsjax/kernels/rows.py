@@ -18,15 +18,21 @@ from dsjax.kernels import rows_tpu as tpu
 from dsjax.kernels.tpu_core import LANES, alone
 
 
-def take_rows(rows: Float[Array, "N D"], index: Int[Array, "M"]) -> Float[Array, "M D"]:
-    """`rows[index]`, of rows that have come as `send_rows` gives them."""
+def take_rows(
+    rows: Float[Array, "N D"], index: Int[Array, "M"], count: Int[Array, ""]
+) -> Float[Array, "M D"]:
+    """`rows[index]`, of rows that have come as `send_rows` gives them.
 
-    def plain(rows: Array, index: Array) -> Array:
+    Args:
+        count: how many there are to take; what is behind them in the result is undefined.
+    """
+
+    def plain(rows: Array, index: Array, _: Array) -> Array:
         return rows[index]
 
     if not alone() or rows.shape[1] % tpu.WHOLE:
-        return plain(rows, index)
-    return lax.platform_dependent(rows, index, tpu=tpu.take_rows, default=plain)
+        return plain(rows, index, count)
+    return lax.platform_dependent(rows, index, count, tpu=tpu.take_rows, default=plain)
 
 
 def send_rows(x: Float[Array, "T D"], index: Int[Array, "n c"]) -> Float[Array, "n c D"]:

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels.tpu_core import LANES, MEMORY_LIMIT
+from dsjax.kernels.usual import as_a_rule
 
 WHOLE = 8 * LANES
 """Numbers of a row whose lines of 128 are whole tiles, come in so many."""
@@ -43,18 +44,22 @@ PACKED = 16
 """Rows that are turned from the form at a time: bfloat16 comes in sixteens."""
 
 
-def take_rows(rows: Float[Array, "N D"], index: Int[Array, "M"]) -> Float[Array, "M D"]:
-    """`rows[index]`, of rows in the form; the result is in that of products."""
-    (count, width), taken = rows.shape, len(index)
+def take_rows(
+    rows: Float[Array, "N D"], index: Int[Array, "M"], count: Int[Array, ""]
+) -> Float[Array, "M D"]:
+    """`dsjax.kernels.rows.take_rows` on a TPU: of rows in the form, to that of products."""
+    (held, width), taken = rows.shape, len(index)
     form = width // LANES, LANES
     tiles = pl.cdiv(taken, TAKEN)
     share = _Shared(tiles)
+    # Of two tiles each core has one.
+    steps = lax.div(count.astype(jnp.int32) + (2 * TAKEN - 1), 2 * TAKEN)
     index = jnp.pad(index, (0, tiles * TAKEN - taken)).reshape(tiles, 1, TAKEN)
     return pl.pallas_call(
         _take_rows,
         out_shape=jax.ShapeDtypeStruct((taken, width), rows.dtype),
         grid_spec=pl.GridSpec(
-            grid=(2, share.steps),
+            grid=(2, steps),
             in_specs=[
                 share.scalars(TAKEN, 0),
                 share.scalars(TAKEN, 1),
@@ -67,9 +72,9 @@ def take_rows(rows: Float[Array, "N D"], index: Int[Array, "M"]) -> Float[Array,
             ],
         ),
         compiler_params=_PARAMETERS,
-        cost_estimate=_moves(2 * taken * width * rows.dtype.itemsize),
+        cost_estimate=_moves(2 * as_a_rule(taken) * width * rows.dtype.itemsize),
         name="take_rows",
-    )(index, index, rows.reshape(count, *form))
+    )(index, index, rows.reshape(held, *form))
 
 
 def _take_rows(index: Any, next_index: Any, rows: Any, out: Any, came: Any, sent: Any) -> None:
@@ -100,21 +105,18 @@ def _one_step_ahead(this: Callable[[], None], following: Callable[[], None]) -> 
 
 
 class _Shared(NamedTuple):
-    """So many tiles on two cores that work as one device (v4, v5p): a grid of (2, `steps`).
+    """So many tiles on two cores that work as one device (v4, v5p), by a grid of (2, half of them).
 
     Where there is one, it takes both shares. What is not even comes twice.
     """
 
     tiles: int
 
-    @property
-    def steps(self) -> int:
-        return pl.cdiv(self.tiles, 2)
-
     def tile(self, ahead: int, core: Any, step: Any) -> tuple[Any, int, int]:
         """The block of a step's tile, or of the one that the core takes so many steps later."""
-        step = jnp.minimum(step + ahead, self.steps - 1)
-        return jnp.minimum(core * self.steps + step, self.tiles - 1), 0, 0
+        steps = pl.num_programs(1)
+        step = jnp.minimum(step + ahead, steps - 1)
+        return jnp.minimum(core * steps + step, self.tiles - 1), 0, 0
 
     def scalars(self, length: int, ahead: int) -> pl.BlockSpec:
         """What a tile has of an array [tiles, 1, length]."""
@@ -151,7 +153,7 @@ def sum_rows(rows: Float[Array, "N D"], at: Int[Array, "T M"]) -> Float[Array, "
         _sum_rows,
         out_shape=jax.ShapeDtypeStruct((sums, *form), rows.dtype),
         grid_spec=pl.GridSpec(
-            grid=(2, share.steps),
+            grid=(2, pl.cdiv(tiles, 2)),
             in_specs=[
                 *(share.scalars(each.shape[2], ahead) for ahead in (0, 1) for each in lists),
                 pl.BlockSpec(memory_space=pl.ANY),

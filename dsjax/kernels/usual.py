@@ -6,7 +6,9 @@ The compiled program keeps such a statement in the names of what was made inside
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 
 import jax
 
@@ -22,9 +24,23 @@ def usual_turns(count: int) -> AbstractContextManager[object]:
     return jax.named_scope(f"{USUAL_TURNS}{count}")
 
 
-def usual_rows(count: int) -> AbstractContextManager[object]:
-    """How many rows exist, of those that ragged exchanges and grouped products have room for.
+_rows: ContextVar[int | None] = ContextVar("rows", default=None)
+
+
+@contextmanager
+def usual_rows(count: int) -> Iterator[None]:
+    """How many rows exist, of those that exchanges and kernels which are made inside have room for.
 
     Of an exchange those that a device sends, to itself too.
     """
-    return jax.named_scope(f"{USUAL_ROWS}{count}")
+    token = _rows.set(count)
+    try:
+        with jax.named_scope(f"{USUAL_ROWS}{count}"):
+            yield
+    finally:
+        _rows.reset(token)
+
+
+def as_a_rule(room: int) -> int:
+    """How many of so many rows exist, for the estimate of a kernel that leaves out the others."""
+    return min(_rows.get() or room, room)

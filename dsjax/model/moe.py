@@ -127,7 +127,8 @@ class Experts(nnx.Module):
         )
         keys = jax.random.split(key, 3)
         std = config.initializer_range
-        wide, narrow = ("expert", "mlp", "expert_embed"), ("expert", "expert_embed", "mlp")
+        wide = "expert", "expert_mlp", "expert_input"
+        narrow = "expert", "expert_embed", "mlp"
         self.gate = parameter(keys[0], (experts, width, embed), wide, std, dtype)
         self.up = parameter(keys[1], (experts, width, embed), wide, std, dtype)
         self.down = parameter(keys[2], (experts, embed, width), narrow, std, dtype)

@@ -54,7 +54,7 @@ def backend(request, monkeypatch):
 
 @cache
 def compiled(backend):
-    """All three products in one program for each dtype, whatever the sizes."""
+    """All products in one program for each dtype, whatever the sizes."""
 
     @jax.jit
     def run(narrow, wide, stack, sizes):
@@ -62,6 +62,7 @@ def compiled(backend):
             grouped_matmul(sizes, (narrow, stack), inputs_first=True),
             grouped_matmul(sizes, (wide, stack), (2 * wide, stack + 1), inputs_first=False),
             grouped_outer(narrow, wide, sizes, stack),
+            grouped_outer(narrow, wide, sizes),
         )
 
     return run
@@ -86,8 +87,9 @@ def test_products_equal_their_meaning(sizes, dtype, backend):
         grouped_matmul_reference(counts, (narrow, stack), inputs_first=True),
         grouped_matmul_reference(counts, (wide, stack), (2 * wide, stack + 1), inputs_first=False),
         grouped_outer_reference(narrow, wide, counts, stack),
+        grouped_outer_reference(narrow, wide, counts, jnp.zeros_like(stack)),
     )
-    kept = slice(filled), slice(filled), slice(None)
+    kept = slice(filled), slice(filled), slice(None), slice(None)
     for a, b, part in zip(found, expected, kept, strict=True):
         assert a.dtype == b.dtype == dtype
         a, b = (np.asarray(array[part], np.float32) for array in (a, b))
@@ -112,6 +114,10 @@ def test_visits_are_every_group_and_tile_that_share_a_row():
         count = int(visits.count)
         assert list(zip(*(a[:count].tolist() for a in visits[1:3]), strict=True)) == pairs
         assert len(visits.group) == -(-ROWS // 16) + len(sizes) - 1 >= count
+        every = tpu.plan_visits(jnp.asarray(sizes), ROWS, 16, every=True)
+        others = [g for g, size in enumerate(sizes) if not size]
+        groups = every.group[: int(every.count)].tolist()
+        assert groups == sorted([g for g, _ in pairs] + others)
         # The rest is moved by nobody, but must be there.
         assert (visits.group < len(sizes)).all() and (visits.tile < -(-ROWS // 16)).all()
 

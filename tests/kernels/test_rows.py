@@ -73,9 +73,12 @@ def test_sums_of_rows_equal_their_meaning(counts, dtype, interpreted):
 def test_rows_are_taken_as_they_are(dtype, taken, interpreted):
     rows = numbers(21, dtype)
     index = jax.random.randint(jax.random.key(1), (taken,), 0, 21)
-    found = jax.jit(take_rows)(rows, index)
-    assert found.dtype == dtype
-    np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (found, rows[index])))
+    take = jax.jit(take_rows)
+    for count in (taken, taken // 3):
+        found = take(rows, index, jnp.int32(count))
+        assert found.dtype == dtype and found.shape == (taken, WIDTH)
+        found, expected = (np.asarray(a[:count], np.float32) for a in (found, rows[index]))
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("width", [WIDTH, 24])
@@ -89,7 +92,8 @@ def test_narrow_rows_are_left_to_xla(interpreted):
     rows = jnp.ones((4, WIDTH - rows_tpu.LANES))
     text = str(jax.make_jaxpr(sum_rows)(rows, jnp.zeros((2, 2), jnp.int32)))
     assert "pallas_call" not in text
-    assert "pallas_call" not in str(jax.make_jaxpr(take_rows)(rows, jnp.zeros(2, jnp.int32)))
+    text = str(jax.make_jaxpr(take_rows)(rows, jnp.zeros(2, jnp.int32), jnp.int32(2)))
+    assert "pallas_call" not in text
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -149,7 +153,7 @@ def test_rows_that_lie_apart_are_turned_by_no_copy(monkeypatch):
         out = grouped_matmul_tpu.grouped_matmul(
             sizes, (rows, matrices), inputs_first=False, apart=True
         )
-        return rows_tpu.take_rows(rows_tpu.sum_rows(out, at), index)
+        return rows_tpu.take_rows(rows_tpu.sum_rows(out, at), index, sizes.sum())
 
     compiled = (
         jax.jit(step)

@@ -42,8 +42,8 @@ def test_impossible_meshes_are_refused(sizes: dict, message: str) -> None:
 
 
 def test_names_become_mesh_axes(layout: Layout) -> None:
-    assert layout.spec(("expert", "mlp", "expert_embed"), (8, 6, 4)) == PartitionSpec(
-        ("expert",), ("tensor",), ("fsdp", "context")
+    assert layout.spec(("expert", "expert_embed", "mlp"), (8, 4, 6)) == PartitionSpec(
+        ("expert",), ("fsdp", "context"), ("tensor",)
     )
     assert layout.spec((None, "norm"), (3, 5)) == PartitionSpec(None, None)
 
