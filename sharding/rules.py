@@ -31,6 +31,7 @@ TRAIN_RULES: Rules = {
     "mlp": ("tensor",),
     # The mesh axis `expert` is the one along which tokens travel to their experts.
     "expert": ("expert",),
+    "expert_mlp": ("tensor",),
     # Parameters: split over all devices that have tokens of their own, so that each keeps and
     # updates a part, and gradients are reduced by scattering them.
     "embed": ("fsdp", "expert", "context"),
@@ -60,6 +61,9 @@ PREFILL_RULES: Rules = TRAIN_RULES | {
 DECODE_RULES: Rules = PREFILL_RULES | {
     # One token a row: there is no sequence to split.
     "sequence": (),
+    # Few tokens: all devices of a slice can see all of them, and each has experts of its own.
+    "expert": ("expert", "tensor"),
+    "expert_mlp": (),
 }
 
 

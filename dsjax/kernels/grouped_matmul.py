@@ -71,7 +71,7 @@ def grouped_matmul(
         )
         return sum(others, start=first)
 
-    if not _alone():
+    if not alone():
         return ragged(sizes, *factors)
     pallas = partial(tpu.grouped_matmul, inputs_first=inputs_first)
     return lax.platform_dependent(sizes, *factors, tpu=pallas, default=ragged)
@@ -94,14 +94,14 @@ def grouped_outer(
         sizes: rows of each group; rows beyond may be anything, not finite even.
         into: what is added to, and the dtype of the result. XLA reuses its memory if it can.
     """
-    if not _alone():
+    if not alone():
         return _outer_in_blocks(left, right, sizes, into)
     return lax.platform_dependent(
         left, right, sizes, into, tpu=tpu.grouped_outer, default=_outer_in_blocks
     )
 
 
-def _alone() -> bool:
+def alone() -> bool:
     """Whether arrays here are those of one device: XLA cannot split a kernel of ours over several.
 
     They are without a mesh, or in a `shard_map` over all of its axes.

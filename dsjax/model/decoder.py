@@ -20,12 +20,21 @@ from jaxtyping import Array, Float, Int
 from dsjax.architecture import ModelConfig
 from dsjax.kernels.paged_attention import Places
 from dsjax.model.block import Block
-from dsjax.model.layers import Embedding, Linear, RMSNorm, scale_of, tree_shardings, use
+from dsjax.model.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    scale_of,
+    tree_places,
+    tree_shardings,
+    use,
+)
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts
 from dsjax.model.mtp import MTPModule
 from dsjax.model.rope import rotary_table
 from dsjax.model.transformer import Transformer
+from sharding.by_hand import by_hand
 from sharding.rules import constrain, current_layout
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -61,6 +70,9 @@ class Decoder:
 
         And which experts each expert layer sent each token to.
         """
+        return self._by_hand(Decoder._extend, tokens, pages, places)
+
+    def _extend(self, tokens: Array, pages: Pages, places: Places) -> tuple[Array, Pages, Array]:
         table = rotary_table(self.config, places.positions)
         x, new, experts = self._embed(tokens), [], [jnp.zeros((*tokens.shape, 0, 0), jnp.int32)]
         for block, mine in zip(self.layers, pages, strict=False):
@@ -82,6 +94,11 @@ class Decoder:
 
         `logits` of place i speak of the token two places on.
         """
+        return self._by_hand(Decoder._look_ahead, next_tokens, hidden, pages, places)
+
+    def _look_ahead(
+        self, next_tokens: Array, hidden: Array, pages: Pages, places: Places
+    ) -> tuple[Array, Pages]:
         assert self.mtp is not None  # the engine does not ask a model without
         table = rotary_table(self.config, places.positions)
         embedded = self._embed(next_tokens)
@@ -92,6 +109,16 @@ class Decoder:
         """float32 scores of every token of the vocabulary."""
         logits = jnp.einsum("bd,dv->bv", hidden, self.head[...], preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "vocab")
+
+    def _by_hand(self, method: Callable[..., Result], *arguments: Any) -> Result:
+        """On a mesh, each device does its part: all arrays begin with the batch, or its groups."""
+        layout = current_layout()
+        if layout is None:
+            return method(self, *arguments)
+        rows = layout.spec(("batch",), (layout.ways("batch"),))
+        spread = jax.tree.map(lambda _: rows, arguments)
+        results = jax.tree.map(lambda _: rows, jax.eval_shape(method, self, *arguments))
+        return by_hand(method, (tree_places(self), *spread), results)(self, *arguments)
 
     def _embed(self, tokens: Array) -> Array:
         return constrain(self.embed(tokens, self.dtype), "batch", "sequence", "residual")

@@ -116,9 +116,7 @@ class MLA(nnx.Module):
                 k_nope = jnp.einsum("btr,hnr->bthn", c_kv, w_k)
                 return _with_shared(k_nope, k_rope), jnp.einsum("btr,hvr->bthv", c_kv, w_v)
 
-            heads = paged_attention(
-                q, pages, places, expand, c.num_attention_heads, c.v_head_dim, scale
-            )
+            heads = paged_attention(q, pages, places, expand, len(w_k), c.v_head_dim, scale)
         else:
             q = jnp.concatenate([jnp.einsum("bqhn,hnr->bqhr", q_nope, w_k), q_rope], axis=-1)
 

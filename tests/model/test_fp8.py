@@ -121,7 +121,7 @@ def test_turning_a_weight_turns_its_scales_and_their_names(held: Transformer) ->
     scale = scale_of(experts, "gate")
     assert isinstance(scale, BlockScale)
     assert scale.get_metadata("axes") == ("expert", "block", "block")
-    assert experts.gate.get_metadata("axes") == ("expert", "expert_embed", "mlp")
+    assert experts.gate.get_metadata("axes") == ("expert", "expert_embed", "expert_mlp")
     assert (use(experts.gate, jnp.float32, scale) == before.swapaxes(1, 2)).all()
 
 

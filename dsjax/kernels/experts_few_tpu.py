@@ -1,0 +1,232 @@
+"""The routed experts for few tokens as one Pallas kernel for TPUs from v5e on.
+
+    y_t = sum_k g_tk W_down^e (silu(W_gate^e x_t) * W_up^e x_t),   e = experts_tk
+
+Decoding is reading weights: the kernel goes through the chosen experts' matrices once, a part of
+their width after the other, in FP8 where they are, and skips the experts that nobody chose. All
+tokens stay in the core. Which of them an expert has is a matrix of zeros and ones, so its rows are
+brought together, and put back where they belong, by products; nothing is sorted, no row goes
+through memory, and any number of tokens may choose the same expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from dsjax.kernels.block_scaled_tpu import LEAST_ROWS, WIDENED_ROWS, in_parts, scaled_products
+from dsjax.kernels.grouped_matmul_tpu import LANES, MEMORY_LIMIT
+from dsjax.kernels.swiglu import SwiGLU
+
+TOKENS = 256
+"""So many are in the core at a time."""
+
+CHUNK = 32
+"""Rows of an expert that are multiplied together: more than most have."""
+
+TILE = 6 * 2**20
+"""Bytes of a part of an expert's three matrices."""
+
+
+class Visitors(NamedTuple):
+    """Who comes to which expert."""
+
+    sizes: Int[Array, "E"]
+    """Tokens of each expert."""
+    read: Int[Array, "E"]
+    """Whose matrices are in the core while it is an expert's turn: its own, or where nobody chose
+    it, those that are there already."""
+    place: Int[Array, "E T"]
+    """Of a token among those of an expert; -1 where it has not chosen it."""
+    gate: Float[Array, "E T"]
+
+
+def sort_out(experts: Int[Array, "T K"], gates: Float[Array, "T K"], count: int) -> Visitors:
+    """Who comes to which of `count` experts; other numbers are of nobody's."""
+    chosen = experts[:, :, None] == jnp.arange(count)[None, None]
+    mine = chosen.any(1).T
+    sizes = mine.sum(1, dtype=jnp.int32)
+    number = jnp.arange(count, dtype=jnp.int32)
+    before = lax.cummax(jnp.where(sizes > 0, number, -1))
+    read = jnp.where(before < 0, jnp.argmax(sizes > 0).astype(jnp.int32), before)
+    place = jnp.where(mine, jnp.cumsum(mine, axis=1, dtype=jnp.int32) - 1, -1)
+    gate = jnp.where(chosen, gates[:, :, None], 0).sum(1).T
+    return Visitors(sizes, read, place, gate.astype(jnp.float32))
+
+
+def apply_experts(
+    x: Array, weights: SwiGLU, scales: SwiGLU | None, experts: Array, gates: Array
+) -> Array:
+    """`dsjax.kernels.experts_inference.apply_experts` on a TPU."""
+    count = len(x)
+    if count <= TOKENS:
+        return _apply(x, weights, scales, sort_out(experts, gates, len(weights.gate)))
+    fill = -count % TOKENS
+
+    def some(part: tuple[Array, Array, Array]) -> Array:
+        rows, chosen, counts = part
+        return _apply(rows, weights, scales, sort_out(chosen, counts, len(weights.gate)))
+
+    parts = tuple(
+        jnp.pad(a, ((0, fill), (0, 0)), constant_values=nothing).reshape(-1, TOKENS, a.shape[1])
+        for a, nothing in ((x, 0), (experts, -1), (gates, 0))
+    )
+    return lax.map(some, parts).reshape(-1, x.shape[1])[:count]
+
+
+def width_of_part(width: int, bytes_each: int) -> int:
+    """Of an expert's width what is moved at a time: whole lanes that divide it, or all of it."""
+    if width % LANES:
+        return width
+    lanes = width // LANES
+    most = max(TILE // bytes_each // LANES, 1)
+    return max(n for n in range(1, lanes + 1) if lanes % n == 0 and (n <= most or n == 1)) * LANES
+
+
+def _apply(x: Array, weights: SwiGLU, scales: SwiGLU | None, visitors: Visitors) -> Array:
+    (tokens, inputs), (count, _, width) = x.shape, weights.gate.shape
+    wide = width_of_part(width, 3 * inputs * weights.gate.dtype.itemsize)
+    parts = width // wide
+
+    def turn(expert: Any, part: Any, sizes: Any, read: Any) -> Any:
+        there = jnp.where(read[expert] < expert, parts - 1, 0)
+        return jnp.where(sizes[expert] > 0, part, there)
+
+    def columns(expert: Any, part: Any, sizes: Any, read: Any) -> tuple[Any, ...]:
+        return read[expert], 0, turn(expert, part, sizes, read)
+
+    def rows(expert: Any, part: Any, sizes: Any, read: Any) -> tuple[Any, ...]:
+        return read[expert], turn(expert, part, sizes, read), 0
+
+    def blocks(expert: Any, part: Any, sizes: Any, read: Any) -> tuple[Any, ...]:
+        return read[expert], 0, 0
+
+    whole = [pl.BlockSpec(a.shape, lambda *_: (0, 0)) for a in (x, *visitors[2:])]
+    matrices = [pl.BlockSpec((None, inputs, wide), columns)] * 2
+    matrices += [pl.BlockSpec((None, wide, inputs), rows)]
+    held = [
+        pl.BlockSpec((None, *scale.shape[1:]), blocks, memory_space=pltpu.SMEM)
+        for scale in scales or ()
+    ]
+    least = LEAST_ROWS if scales is None else WIDENED_ROWS
+    tall = pl.cdiv(tokens, CHUNK) * CHUNK
+    return pl.pallas_call(
+        _visit,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(count, parts),
+            in_specs=[*whole, *matrices, *held],
+            out_specs=pl.BlockSpec(x.shape, lambda *_: (0, 0)),
+            scratch_shapes=[
+                pltpu.VMEM((tall, inputs), x.dtype),
+                pltpu.VMEM((tall, inputs), jnp.float32),
+                pltpu.VMEM((tokens, inputs), jnp.float32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MEMORY_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * 3 * count * least * inputs * width,
+            bytes_accessed=sum(a.nbytes for a in (*weights, *(scales or ()), x, x)),
+            transcendentals=count * CHUNK * width,
+        ),
+        name="experts_few",
+    )(*visitors[:2], x, *visitors[2:], *weights, *(scales or ()))
+
+
+def _visit(sizes: Any, read: Any, x: Any, place: Any, gate: Any, *others: Any) -> None:
+    """A part of an expert's width, for all tokens that chose it."""
+    gate_matrix, up, down, *scales, out, rows, sums, total = others
+    expert, part = pl.program_id(0), pl.program_id(1)
+    experts, parts = pl.num_programs(0), pl.num_programs(1)
+    tokens, inputs = x.shape
+    wide = down.shape[0]
+    first = part * pl.cdiv(wide, LANES)
+    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+    def of(index: int, inputs: Any, columns: Any) -> Any:
+        """The scales of a matrix from these blocks on."""
+        return None if not scales else (lambda i, o: scales[index][inputs + i, columns + o])
+
+    def chosen(begin: Any) -> tuple[Array, Array]:
+        """Ones where a token is one of an expert's rows from here on, and the rows' gates."""
+        number = begin + lax.broadcasted_iota(jnp.int32, (CHUNK, tokens), 0)
+        here = place[pl.ds(expert, 1), :] == number
+        gates = jnp.where(here, gate[pl.ds(expert, 1), :], 0).sum(1, keepdims=True)
+        return here.astype(x.dtype), gates
+
+    def gather(begin: Any) -> None:
+        here, _ = chosen(begin)
+
+        def one_part(at: Any, width: int) -> None:
+            part = pl.ds(at, width)
+            found = lax.dot_general(
+                here, x[:, part], (((1,), (0,)), ((), ())), precision=exact,
+                preferred_element_type=jnp.float32,
+            )  # fmt: skip
+            rows[pl.ds(begin, CHUNK), part] = found.astype(x.dtype)
+            sums[pl.ds(begin, CHUNK), part] = jnp.zeros_like(found)
+
+        in_parts(CHUNK, inputs, one_part)
+
+    def scatter(begin: Any) -> None:
+        here, _ = chosen(begin)
+
+        def one_part(at: Any, width: int) -> None:
+            part = pl.ds(at, width)
+            total[:, part] += lax.dot_general(
+                here, sums[pl.ds(begin, CHUNK), part].astype(x.dtype), (((0,), (0,)), ((), ())),
+                precision=exact, preferred_element_type=jnp.float32,
+            )  # fmt: skip
+
+        in_parts(tokens, inputs, one_part)
+
+    def multiply(begin: Any) -> None:
+        mine = pl.ds(begin, CHUNK)
+        _, gates = chosen(begin)
+        inner = scaled_products(
+            lambda at: rows[mine, at],
+            [
+                (lambda at: gate_matrix[at, :], of(0, 0, first)),
+                (lambda at: up[at, :], of(1, 0, first)),
+            ],
+            (CHUNK, inputs, wide),
+        )
+        h, u = (value.astype(x.dtype).astype(jnp.float32) for value in inner)
+        active = (jax.nn.silu(h) * u * gates).astype(x.dtype)
+
+        def one_part(at: Any, width: int) -> None:
+            part = pl.ds(at, width)
+            factor = (lambda block: down[block, part], of(2, first, lax.div(at, LANES)))
+            (product,) = scaled_products(
+                lambda block: active[:, block.start : block.start + block.size],
+                [factor],
+                (CHUNK, wide, width),
+                unrolled=True,
+            )
+            sums[mine, part] += product
+
+        in_parts(CHUNK, inputs, one_part)
+
+    def each_chunk(do: Any) -> None:
+        pl.loop(0, sizes[expert], step=CHUNK)(lambda begin: do(pl.multiple_of(begin, CHUNK)))
+
+    @pl.when((expert == 0) & (part == 0))
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    pl.when(part == 0)(lambda: each_chunk(gather))
+    each_chunk(multiply)
+    pl.when(part == parts - 1)(lambda: each_chunk(scatter))
+
+    @pl.when((expert == experts - 1) & (part == parts - 1))
+    def _() -> None:
+        out[...] = total[...].astype(out.dtype)
