@@ -73,7 +73,12 @@ def block_scaled_matmul(x: Array, matrix: Array, scales: Array, first: tuple[Any
             transcendentals=0,
         ),
         name="block_scaled_matmul",
-    )(begin, x, matrix, scales)
+    )(begin, x, left_in_memory(matrix), scales)
+
+
+def left_in_memory(matrix: Array) -> Array:
+    """A matrix that a kernel reads itself: XLA would first move it to the core, if it has room."""
+    return pltpu.with_memory_space_constraint(matrix, pltpu.HBM)
 
 
 def _multiply(begin: Any, x: Any, matrix: Any, scales: Any, out: Any) -> None:

@@ -20,7 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dsjax.kernels.block_scaled_tpu import LEAST_ROWS, WIDENED_ROWS, in_parts, scaled_products
+from dsjax.kernels.block_scaled_tpu import (
+    LEAST_ROWS,
+    WIDENED_ROWS,
+    in_parts,
+    left_in_memory,
+    scaled_products,
+)
 from dsjax.kernels.grouped_matmul_tpu import LANES, MEMORY_LIMIT
 from dsjax.kernels.swiglu import SwiGLU
 
@@ -139,7 +145,7 @@ def _apply(x: Array, weights: SwiGLU, scales: SwiGLU | None, visitors: Visitors)
             transcendentals=count * CHUNK * width,
         ),
         name="experts_few",
-    )(*visitors[:2], x, *visitors[2:], *weights, *(scales or ()))
+    )(*visitors[:2], x, *visitors[2:], *map(left_in_memory, weights), *(scales or ()))
 
 
 def _visit(sizes: Any, read: Any, x: Any, place: Any, gate: Any, *others: Any) -> None:

@@ -12,6 +12,7 @@ names pages of its own group, so nothing here crosses from one group to another.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsjax.kernels import paged_attention_tpu as tpu
 from dsjax.kernels.attention import MASKED
+from dsjax.kernels.grouped_matmul import alone
 
 KEYS_AT_ONCE = 256
 """Keys of one turn of the loop over a row's context."""
@@ -115,6 +118,34 @@ def paged_attention(
     turns = places.positions.max() // keys_at_once + 1
     _, total, out = lax.fori_loop(0, turns, turn, start)
     return _token_by_token((out / total[..., None]).astype(q.dtype), queries)
+
+
+def latent_attention(
+    q: Float[Array, "B Q H K"],
+    pages: Float[Array, "G N T K"],
+    places: Places,
+    value_width: int,
+    scale: float,
+) -> Float[Array, "B Q H V"]:
+    """`paged_attention` of queries in latent space, for which a latent is key and value at once.
+
+    All heads share it, and the value is its first `value_width` numbers. On a TPU it is the Pallas
+    kernel of `paged_attention_tpu`, unless XLA's partitioner splits the program.
+    """
+
+    def share(latent: Array) -> tuple[Array, Array]:
+        return latent[:, :, None], latent[:, :, None, :value_width]
+
+    def plain(q: Array, pages: Array, places: Places) -> Array:
+        return paged_attention(q, pages, places, share, 1, value_width, scale)
+
+    if not alone():
+        return plain(q, pages, places)
+    kernel = partial(tpu.latent_attention, value_width=value_width, scale=scale)
+    return lax.platform_dependent(
+        q, pages, places, tpu=lambda q, pages, at: kernel(q, pages, at.positions, at.table),
+        default=plain,
+    )  # fmt: skip
 
 
 def paged_attention_reference(

@@ -23,7 +23,12 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.attention import causal_attention
-from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
+from dsjax.kernels.paged_attention import (
+    Places,
+    latent_attention,
+    paged_attention,
+    write_pages,
+)
 from dsjax.kernels.ring_attention import ring_attention
 from dsjax.model.layers import Linear, RMSNorm, use
 from dsjax.model.rope import RotaryTable, rotate_pairs, softmax_scale
@@ -119,11 +124,7 @@ class MLA(nnx.Module):
             heads = paged_attention(q, pages, places, expand, len(w_k), c.v_head_dim, scale)
         else:
             q = jnp.concatenate([jnp.einsum("bqhn,hnr->bqhr", q_nope, w_k), q_rope], axis=-1)
-
-            def share(latent: Array) -> tuple[Array, Array]:
-                return latent[:, :, None], latent[:, :, None, : c.kv_lora_rank]
-
-            mixed = paged_attention(q, pages, places, share, 1, c.kv_lora_rank, scale)
+            mixed = latent_attention(q, pages, places, c.kv_lora_rank, scale)
             heads = jnp.einsum("bqhr,hvr->bqhv", mixed, w_v)
         return self.out(heads), pages
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dsjax.planning.hlo import Instruction, Program, hbm_bytes
+from dsjax.planning.hlo import Instruction, Program, array_bytes, arrays, hbm_bytes
 
 _TAKE = frozenset(("dynamic-slice", "gather", "slice"))
 _PUT = "dynamic-update-slice"
@@ -22,6 +22,9 @@ def touched_bytes(program: Program, instruction: Instruction, shapes: Sequence[s
         return 2 * hbm_bytes(shapes[1])
     if instruction.opcode == "copy-start":  # its shape names what it reads beside what it writes
         return hbm_bytes(instruction.shape)
+    if instruction.opcode == "slice-start":  # likewise, and it reads the part that it writes
+        _, written = instruction.shape.split("}), ", 1)
+        return array_bytes(arrays(written)[0]) + hbm_bytes(written)
     if instruction.opcode != "fusion":
         return hbm_bytes(instruction.shape) + sum(map(hbm_bytes, shapes))
     inside = program.computations[instruction.called[0]]

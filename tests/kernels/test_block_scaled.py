@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from dsjax.kernels import block_scaled_tpu as tpu
 from dsjax.kernels import experts_few_tpu as few_tpu
@@ -32,6 +33,7 @@ def backend(request, monkeypatch):
 
     monkeypatch.setattr(lax, "platform_dependent", choose)
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(pltpu, "with_memory_space_constraint", lambda array, _: array)
     return request.param
 
 
