@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -69,6 +70,8 @@ class Runner:
         """Copy a model's weights, as decoding reads them; a decoder's own are used as they are."""
         with self._device():
             decoder = model if isinstance(model, Decoder) else take_apart(model)
+            if not self.drafts:
+                decoder = replace(decoder, mtp=None)
             self._weights, structure = jax.tree.flatten(decoder)
             self._step = step_for(structure)
 

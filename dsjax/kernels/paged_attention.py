@@ -64,10 +64,14 @@ KeysValues = Callable[[Float[Array, "B T W"]], tuple[Array, Array]]
 
 
 def write_pages(
-    pages: Float[Array, "G N T W"], new: Float[Array, "B Q W"], slots: Int[Array, "B Q"]
+    pages: Float[Array, "G N T W"], new: Float[Array, "B Q _"], slots: Int[Array, "B Q"]
 ) -> Float[Array, "G N T W"]:
-    """Put each token's latent into its slot; those whose slot is outside are dropped."""
+    """Put each token's latent into its slot; those whose slot is outside are dropped.
+
+    Pages may be wider than latents.
+    """
     groups, width = pages.shape[0], pages.shape[-1]
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, width - new.shape[-1])))
     flat = pages.reshape(groups, -1, width)
     rows = new.astype(pages.dtype).reshape(groups, -1, width)
     put = jax.vmap(lambda one, at, x: one.at[at].set(x, mode="drop"))
@@ -122,19 +126,20 @@ def paged_attention(
 
 def latent_attention(
     q: Float[Array, "B Q H K"],
-    pages: Float[Array, "G N T K"],
+    pages: Float[Array, "G N T W"],
     places: Places,
     value_width: int,
     scale: float,
 ) -> Float[Array, "B Q H V"]:
     """`paged_attention` of queries in latent space, for which a latent is key and value at once.
 
-    All heads share it, and the value is its first `value_width` numbers. On a TPU it is the Pallas
-    kernel of `paged_attention_tpu`, unless XLA's partitioner splits the program.
+    All heads share it: its first K numbers are the key, its first `value_width` the value. On a TPU
+    it is the Pallas kernel of `paged_attention_tpu`, unless XLA's partitioner splits the program.
     """
 
     def share(latent: Array) -> tuple[Array, Array]:
-        return latent[:, :, None], latent[:, :, None, :value_width]
+        shared = latent[:, :, None]
+        return shared[..., : q.shape[-1]], shared[..., :value_width]
 
     def plain(q: Array, pages: Array, places: Places) -> Array:
         return paged_attention(q, pages, places, share, 1, value_width, scale)

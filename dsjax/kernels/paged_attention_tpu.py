@@ -31,7 +31,7 @@ def latent_attention(
 ) -> Array:
     """`dsjax.kernels.paged_attention.latent_attention` on a TPU."""
     batch, queries, heads, width = q.shape
-    groups, count, size, _ = pages.shape
+    groups, count, size, wide = pages.shape
     stretch = min(max(KEYS // size, 1), table.shape[1])
     group = jnp.arange(batch, dtype=jnp.int32) // (batch // groups)
     table = jnp.minimum(table, count - 1) + group[:, None] * count
@@ -41,7 +41,7 @@ def latent_attention(
     def mine(row: Any, *_: Any) -> tuple[Any, ...]:
         return row, 0, 0
 
-    lanes = pl.cdiv(width, LANES) * LANES
+    lanes = pl.cdiv(wide, LANES) * LANES
     keys = batch * table.shape[1] * size
     out = pl.pallas_call(
         partial(_attend, heads=heads, scale=scale),
@@ -55,7 +55,7 @@ def latent_attention(
             ],
             out_specs=pl.BlockSpec((None, rows, value_width), mine),
             scratch_shapes=[
-                pltpu.VMEM((2, stretch * size, width), pages.dtype),
+                pltpu.VMEM((2, stretch * size, wide), pages.dtype),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
@@ -68,7 +68,7 @@ def latent_attention(
         ),
         name="latent_attention",
     )(table, lengths, positions, q.reshape(batch, rows, width),
-      left_in_memory(pages.reshape(groups * count, size, width)))  # fmt: skip
+      left_in_memory(pages.reshape(groups * count, size, wide)))  # fmt: skip
     return out.reshape(batch, queries, heads, value_width)
 
 
@@ -140,7 +140,7 @@ def _fold(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Maximum, sum and mixed values with another stretch of keys."""
     maximum, total, mixed = carry
-    apart = (slice(None, values), slice(values, None))  # Parts that begin at a whole lane.
+    apart = (slice(None, values), slice(values, q.shape[1]))  # Parts that begin at a whole lane.
     scores = sum(
         lax.dot_general(
             q[:, part], latent[:, part], (((1,), (1,)), ((), ())),

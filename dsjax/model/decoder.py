@@ -217,5 +217,10 @@ def make_pages(
 
 
 def cache_shape(config: ModelConfig, *, mtp: bool) -> tuple[int, int]:
-    """Layers that remember, MTP's among them if it is used, and numbers a token in each."""
-    return config.num_hidden_layers + mtp, config.cache_width
+    """Layers that remember, MTP's among them if it is used, and numbers a token in each.
+
+    Wide ones fill whole lanes of 128, as they would in a TPU's memory anyway: otherwise its
+    compiler turns the pages, and turns them back at every step.
+    """
+    width = config.cache_width
+    return config.num_hidden_layers + mtp, -(-width // 128) * 128 if width > 128 else width

@@ -81,7 +81,9 @@ class GQA(nnx.Module):
         pages = write_pages(pages, new, places.slots)
 
         def split(cached: Array) -> tuple[Array, Array]:
-            both = cached.reshape(*cached.shape[:2], 2, c.num_key_value_heads, c.head_dim)
+            both = cached[..., : c.cache_width].reshape(
+                *cached.shape[:2], 2, c.num_key_value_heads, c.head_dim
+            )
             few = both[:, :, 0], both[:, :, 1]
             return _of_queries(q.shape[2], shared, few, ()) if is_split("heads") else few
 

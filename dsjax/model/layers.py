@@ -174,24 +174,27 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(tuple(out.values()), dtype), axes=tuple(out))
         self.has_bias = bias
         self.inner = tuple(out.values())[1:]
+        self.latent = out.get("latent")
         self.inputs_first = False
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Contract the last dimensions of x with the weight's inputs, and add the bias."""
-        n = len(self.into)
-        if self.inputs_first:
-            y = self._by_matrix(x.reshape(*x.shape[:-n], -1))
-        else:
-            weight = use(self.weight, x.dtype, scale_of(self, "weight"))
-            mine, theirs = (tuple(range(a.ndim - n, a.ndim)) for a in (x, weight))
-            y = jax.lax.dot_general(x, weight, ((mine, theirs), ((), ())))
-        y = summed(y, *self.into)
+        y = summed(self.share(x), *self.into)
         if (adapter := adapter_of(self)) is not None:
             y += adapter(x)
         if not self.has_bias:
             return y
         bias = use(self.bias, x.dtype)
         return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def share(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """x times the weight: by hand, what this device's part of the inputs adds to the sum."""
+        n = len(self.into)
+        if self.inputs_first:
+            return self._by_matrix(x.reshape(*x.shape[:-n], -1))
+        weight = use(self.weight, x.dtype, scale_of(self, "weight"))
+        mine, theirs = (tuple(range(a.ndim - n, a.ndim)) for a in (x, weight))
+        return jax.lax.dot_general(x, weight, ((mine, theirs), ((), ())))
 
     def matrix(self, dtype: DTypeLike) -> Array:
         """The weight [*out, *into] as a product needs it, an adapter multiplied out."""
@@ -214,17 +217,23 @@ class Linear(nnx.Module):
             y = block_scaled_matmul(flat, whole, scale[...], (first[0], first[1]))
         else:
             y = x @ use(self.weight, x.dtype, scale)
+        y = y[..., : self.latent] if self.latent else y
         return y.reshape(*x.shape[:-1], -1, *self.inner)
 
     def put_inputs_first(self) -> None:
         """Turn the weight to a matrix [I, O], which few rows at a time are multiplied faster by.
 
-        Several dimensions of inputs or outputs become one, named as the first of them.
+        Several dimensions of inputs or outputs become one, named as the first of them. Outputs in
+        FP8 that no mesh splits get columns of zeros till their last block is whole, since a TPU's
+        compiler turns a matrix whose columns end within one, and turns it back at every step.
         """
         outputs = len(self.weight.shape) - len(self.into)
         axes, shape = self.weight.get_metadata("axes"), self.weight.shape
-        flat = (math.prod(shape[:outputs]), math.prod(shape[outputs:]))
-        self.weight.set_value(self.weight[...].reshape(flat))
+        rows, columns = math.prod(shape[:outputs]), math.prod(shape[outputs:])
+        weight = self.weight[...].reshape(rows, columns)
+        if scale_of(self, "weight") is not None and axes[0] == "latent":
+            weight = jnp.pad(weight, ((0, -rows % BLOCK), (0, 0)))
+        self.weight.set_value(weight)
         self.weight.set_metadata("axes", (axes[0], axes[outputs]))
         put_columns_first(self, "weight")
         self.inputs_first = True
@@ -316,7 +325,14 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Token by token."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self._inner(x))
+
+    def share(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        """By hand, what this device's part of the width adds to the sum."""
+        return self.down.share(self._inner(x))
+
+    def _inner(self, x: Array) -> Array:
+        return jax.nn.silu(self.gate(x)) * self.up(x)
 
 
 def count_parameters(tree: Any) -> int:

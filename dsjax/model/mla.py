@@ -117,7 +117,7 @@ class MLA(nnx.Module):
             q = jnp.concatenate([q_nope, q_rope], axis=-1)
 
             def expand(latent: Array) -> tuple[Array, Array]:
-                c_kv, k_rope = jnp.split(latent, [c.kv_lora_rank], axis=-1)
+                c_kv, k_rope, _ = jnp.split(latent, [c.kv_lora_rank, c.cache_width], axis=-1)
                 k_nope = jnp.einsum("btr,hnr->bthn", c_kv, w_k)
                 return _with_shared(k_nope, k_rope), jnp.einsum("btr,hvr->bthv", c_kv, w_v)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,8 @@ def serving_job(config: ModelConfig, serving: Serving, devices: Sequence[Any]) -
     layout = Layout(make_mesh(serving.mesh or {"expert": len(devices)}, devices), DECODE_RULES)
     model = _abstract_model(config, serving.dtype)
     decoder = jax.eval_shape(take_apart, model)
+    if not serving.drafts:
+        decoder = replace(decoder, mtp=None)
     decoder = abstract_on(decoder, tree_shardings(decoder, layout))
     with use_layout(layout):
         pages, sampler = _room(config, serving, layout)
@@ -78,6 +80,7 @@ def serving_job(config: ModelConfig, serving: Serving, devices: Sequence[Any]) -
         lasting=lasting,
         passing={},
         whole=replicated(decoder),
+        read=lasting["weights"] - held_bytes(decoder.embed) + lasting["cache"],
         tokens=layout.ways("batch") * READ_AT_ONCE if reads else rows,
         useful=flops_per_token(model, config, serving.context * (1 if reads else 2)) / 3,
         remedy=partial(_remedy, lasting),

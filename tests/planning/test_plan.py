@@ -51,6 +51,7 @@ PLAN = Plan(
     account=STEP,
     useful=250e9,
     details={"step": "train", "run_tokens": 3_600_000_000},
+    read=None,
     warnings=["a large copy: [one] of them"],
     versions={"jax": "1", "jaxlib": "1", "libtpu": "1"},
     compile_seconds=1.0,
@@ -69,6 +70,19 @@ def test_the_keys_that_programs_rely_on():
     assert found["run"]["chip_hours"] == pytest.approx(1000)
     assert found["run"]["dollars"] == pytest.approx(2000)
     assert found["account"][GATHERS]["waited_seconds"] == 2
+
+
+def test_a_sequence_gets_as_many_tokens_as_drafts_are_accepted():
+    serving = {"step": "decode", "drafts": 0}
+    plain = replace(PLAN, details=serving, read=2765e9)
+    assert plain.sequence_rates == [0.1]
+    drafting = replace(plain, details=serving | {"drafts": 1})
+    assert drafting.sequence_rates == pytest.approx([0.185, 0.19])
+    assert plain.memory_seconds == 1  # of the step's ten
+    console = Console(record=True, width=150, file=StringIO())
+    print_plan(console, drafting, price=None)
+    assert "85% to 90% of drafts accepted; reading" in console.export_text()
+    assert PLAN.sequence_rates is None
 
 
 def test_a_plan_that_does_not_fit_says_so_and_knows_no_time():
