@@ -11,6 +11,7 @@ through memory, and any number of tokens may choose the same expert.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -117,8 +118,7 @@ def _apply(x: Array, weights: SwiGLU, scales: SwiGLU | None, visitors: Visitors)
     matrices = [pl.BlockSpec((None, inputs, wide), columns)] * 2
     matrices += [pl.BlockSpec((None, wide, inputs), rows)]
     held = [
-        pl.BlockSpec((None, *scale.shape[1:]), blocks, memory_space=pltpu.SMEM)
-        for scale in scales or ()
+        pl.BlockSpec((None, *s.shape[1:]), blocks, memory_space=pltpu.SMEM) for s in scales or ()
     ]
     least = LEAST_ROWS if scales is None else WIDENED_ROWS
     tall = pl.cdiv(tokens, CHUNK) * CHUNK
@@ -148,91 +148,111 @@ def _apply(x: Array, weights: SwiGLU, scales: SwiGLU | None, visitors: Visitors)
     )(*visitors[:2], x, *visitors[2:], *map(left_in_memory, weights), *(scales or ()))
 
 
-def _visit(sizes: Any, read: Any, x: Any, place: Any, gate: Any, *others: Any) -> None:
+class _Core(NamedTuple):
+    """What stays in the core, whichever expert it is."""
+
+    x: Any
+    place: Any
+    gate: Any
+    rows: Any
+    """The tokens of an expert, one after the other; and what it makes of them."""
+    sums: Any
+    total: Any
+
+    def chosen(self, expert: Any, begin: Any) -> tuple[Array, Array]:
+        """Ones where a token is one of an expert's rows from here on, and the rows' gates."""
+        number = begin + lax.broadcasted_iota(jnp.int32, (CHUNK, self.x.shape[0]), 0)
+        here = self.place[pl.ds(expert, 1), :] == number
+        gates = jnp.where(here, self.gate[pl.ds(expert, 1), :], 0).sum(1, keepdims=True)
+        return here.astype(self.x.dtype), gates
+
+
+def _visit(sizes: Any, _: Any, x: Any, place: Any, gate: Any, *others: Any) -> None:
     """A part of an expert's width, for all tokens that chose it."""
-    gate_matrix, up, down, *scales, out, rows, sums, total = others
+    *matrices, out, rows, sums, total = others
+    core = _Core(x, place, gate, rows, sums, total)
     expert, part = pl.program_id(0), pl.program_id(1)
     experts, parts = pl.num_programs(0), pl.num_programs(1)
-    tokens, inputs = x.shape
-    wide = down.shape[0]
-    first = part * pl.cdiv(wide, LANES)
-    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-    def of(index: int, inputs: Any, columns: Any) -> Any:
-        """The scales of a matrix from these blocks on."""
-        return None if not scales else (lambda i, o: scales[index][inputs + i, columns + o])
-
-    def chosen(begin: Any) -> tuple[Array, Array]:
-        """Ones where a token is one of an expert's rows from here on, and the rows' gates."""
-        number = begin + lax.broadcasted_iota(jnp.int32, (CHUNK, tokens), 0)
-        here = place[pl.ds(expert, 1), :] == number
-        gates = jnp.where(here, gate[pl.ds(expert, 1), :], 0).sum(1, keepdims=True)
-        return here.astype(x.dtype), gates
-
-    def gather(begin: Any) -> None:
-        here, _ = chosen(begin)
-
-        def one_part(at: Any, width: int) -> None:
-            part = pl.ds(at, width)
-            found = lax.dot_general(
-                here, x[:, part], (((1,), (0,)), ((), ())), precision=exact,
-                preferred_element_type=jnp.float32,
-            )  # fmt: skip
-            rows[pl.ds(begin, CHUNK), part] = found.astype(x.dtype)
-            sums[pl.ds(begin, CHUNK), part] = jnp.zeros_like(found)
-
-        in_parts(CHUNK, inputs, one_part)
-
-    def scatter(begin: Any) -> None:
-        here, _ = chosen(begin)
-
-        def one_part(at: Any, width: int) -> None:
-            part = pl.ds(at, width)
-            total[:, part] += lax.dot_general(
-                here, sums[pl.ds(begin, CHUNK), part].astype(x.dtype), (((0,), (0,)), ((), ())),
-                precision=exact, preferred_element_type=jnp.float32,
-            )  # fmt: skip
-
-        in_parts(tokens, inputs, one_part)
-
-    def multiply(begin: Any) -> None:
-        mine = pl.ds(begin, CHUNK)
-        _, gates = chosen(begin)
-        inner = scaled_products(
-            lambda at: rows[mine, at],
-            [
-                (lambda at: gate_matrix[at, :], of(0, 0, first)),
-                (lambda at: up[at, :], of(1, 0, first)),
-            ],
-            (CHUNK, inputs, wide),
-        )
-        h, u = (value.astype(x.dtype).astype(jnp.float32) for value in inner)
-        active = (jax.nn.silu(h) * u * gates).astype(x.dtype)
-
-        def one_part(at: Any, width: int) -> None:
-            part = pl.ds(at, width)
-            factor = (lambda block: down[block, part], of(2, first, lax.div(at, LANES)))
-            (product,) = scaled_products(
-                lambda block: active[:, block.start : block.start + block.size],
-                [factor],
-                (CHUNK, wide, width),
-                unrolled=True,
-            )
-            sums[mine, part] += product
-
-        in_parts(CHUNK, inputs, one_part)
 
     def each_chunk(do: Any) -> None:
-        pl.loop(0, sizes[expert], step=CHUNK)(lambda begin: do(pl.multiple_of(begin, CHUNK)))
+        @pl.loop(0, sizes[expert], step=CHUNK)
+        def _(begin: Any) -> None:
+            do(core, expert, pl.multiple_of(begin, CHUNK))
 
     @pl.when((expert == 0) & (part == 0))
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    pl.when(part == 0)(lambda: each_chunk(gather))
-    each_chunk(multiply)
-    pl.when(part == parts - 1)(lambda: each_chunk(scatter))
+    pl.when(part == 0)(lambda: each_chunk(_gather))
+    each_chunk(partial(_multiply, matrices[:3], matrices[3:], part))
+    pl.when(part == parts - 1)(lambda: each_chunk(_scatter))
 
     @pl.when((expert == experts - 1) & (part == parts - 1))
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
+
+
+def _gather(core: _Core, expert: Any, begin: Any) -> None:
+    """Bring the rows of a chunk together."""
+    here, _ = core.chosen(expert, begin)
+    mine = pl.ds(begin, CHUNK)
+
+    def one_part(at: Any, width: int) -> None:
+        part = pl.ds(at, width)
+        found = _exactly(here, core.x[:, part], 1)
+        core.rows[mine, part] = found.astype(core.x.dtype)
+        core.sums[mine, part] = jnp.zeros_like(found)
+
+    in_parts(CHUNK, core.x.shape[1], one_part)
+
+
+def _scatter(core: _Core, expert: Any, begin: Any) -> None:
+    """Add to each token what was made of its row."""
+    here, _ = core.chosen(expert, begin)
+    mine = pl.ds(begin, CHUNK)
+
+    def one_part(at: Any, width: int) -> None:
+        part = pl.ds(at, width)
+        core.total[:, part] += _exactly(here, core.sums[mine, part].astype(core.x.dtype), 0)
+
+    in_parts(*core.x.shape, one_part)
+
+
+def _exactly(ones: Array, values: Array, contracted: int) -> Array:
+    """A product that only picks: with float32 as it is, not by way of bfloat16."""
+    return lax.dot_general(
+        ones, values, (((contracted,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST if values.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _multiply(matrices: Any, scales: Any, part: Any, core: _Core, expert: Any, begin: Any) -> None:
+    """The three products of a chunk's rows with a part of the width."""
+    gate_matrix, up, down = matrices
+    inputs, (wide, _) = core.x.shape[1], down.shape
+    first, mine = part * pl.cdiv(wide, LANES), pl.ds(begin, CHUNK)
+
+    def of(matrix: int, inputs: Any, columns: Any) -> Any:
+        """The scales of a matrix from these blocks on."""
+        return (lambda i, o: scales[matrix][inputs + i, columns + o]) if scales else None
+
+    inner = scaled_products(
+        lambda at: core.rows[mine, at],
+        [(lambda at: gate_matrix[at, :], of(0, 0, first)), (lambda at: up[at, :], of(1, 0, first))],
+        (CHUNK, inputs, wide),
+    )
+    h, u = (value.astype(core.x.dtype).astype(jnp.float32) for value in inner)
+    active = (jax.nn.silu(h) * u * core.chosen(expert, begin)[1]).astype(core.x.dtype)
+
+    def one_part(at: Any, width: int) -> None:
+        part = pl.ds(at, width)
+        (product,) = scaled_products(
+            lambda block: active[:, block.start : block.start + block.size],
+            [(lambda block: down[block, part], of(2, first, lax.div(at, LANES)))],
+            (CHUNK, wide, width),
+            unrolled=True,
+        )
+        core.sums[mine, part] += product
+
+    in_parts(CHUNK, inputs, one_part)

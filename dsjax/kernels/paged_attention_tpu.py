@@ -81,8 +81,7 @@ def _attend(
     What a stretch does not fill is of stretches before, whose weights are zero; so nothing there
     may be NaN.
     """
-    row, size = pl.program_id(0), pages.shape[1]
-    keys = buffer.shape[1]
+    row, size, keys = pl.program_id(0), pages.shape[1], buffer.shape[1]
 
     def stretches(row: Any) -> Any:
         return pl.cdiv(lengths[row], keys)
@@ -118,8 +117,8 @@ def _attend(
         reach = stretch * keys + lax.broadcasted_iota(jnp.int32, (q.shape[0], keys), 1)
         return _fold(q[...], latent, reach <= place, carry, out.shape[1], scale)
 
-    shape = (q.shape[0], 1)
-    start = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(out.shape, jnp.float32)
+    none = jnp.zeros((q.shape[0], 1))
+    start = none + MASKED, none, jnp.zeros(out.shape, jnp.float32)
     _, total, mixed = lax.fori_loop(0, stretches(row), one_stretch, start)
     turns[0] += stretches(row)
     out[...] = (mixed / total).astype(out.dtype)

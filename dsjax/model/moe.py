@@ -161,8 +161,8 @@ class Experts(nnx.Module):
     ) -> Float[Array, "T D"]:
         """The same for decoding, and what is computed beside it, a share by hand, added up.
 
-        By hand, each device sees the tokens of all, and has experts of its own. What is in FP8 stays so: `use` would widen all experts at every step, and not the chosen
-        ones.
+        By hand, each device sees the tokens of all, and has experts of its own. What is in FP8
+        stays so: `use` would widen all experts at every step, and not the chosen ones.
         """
         weights, blocks = [], []
         for name in SwiGLU._fields:

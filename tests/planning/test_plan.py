@@ -16,7 +16,13 @@ import pytest
 from rich.console import Console
 
 from dsjax.cli import main
-from dsjax.config_files import load_pretrain_config
+from dsjax.cli_plan import _read_job
+from dsjax.config_files import (
+    CONFIGS,
+    load_model_config,
+    load_pretrain_config,
+    load_serving_config,
+)
 from dsjax.errors import UserError
 from dsjax.planning import compile as compiling
 from dsjax.planning.account import Account, account
@@ -220,6 +226,7 @@ def test_without_the_compiler_one_line_says_what_to_install(monkeypatch: pytest.
         (["--topology", "v5e:2x2", "--nope", "a=1"], "unrecognized arguments: --nope"),
         (["--topology", "v5e:2x2", "nope"], "unrecognized arguments: nope"),
         ([], "--topology"),
+        (["--topology", "v5e:2x2", "--rows", "8"], "--rows 8 is for a model"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(
@@ -233,3 +240,16 @@ def test_nonsense_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert left.value.code == 2
     assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("serving/*.yaml")), ids=lambda path: path.stem)
+def test_a_step_of_the_engine_can_stand_in_a_file(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dsjax.cli_plan.describe_host", lambda topology: None)
+    name = f"serving/{path.stem}"
+    made: Any = _read_job(name, ["drafts=1", "step=prefill"], "v5e:8x8", "train", {"rows": None})
+    model, serving = made.args
+    assert model == load_model_config("r1")
+    assert (serving.step, serving.drafts, serving.dtype) == ("prefill", 1, "fp8")
+    with pytest.raises(UserError, match="nearest valid key is 'rows'"):
+        load_serving_config(name, ["row=4"])
+    assert load_serving_config("cpu-tiny") is None
