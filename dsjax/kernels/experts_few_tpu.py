@@ -215,7 +215,8 @@ def _scatter(core: _Core, expert: Any, begin: Any) -> None:
         part = pl.ds(at, width)
         core.total[:, part] += _exactly(here, core.sums[mine, part].astype(core.x.dtype), 0)
 
-    in_parts(*core.x.shape, one_part)
+    tokens, inputs = core.x.shape
+    in_parts(tokens, inputs, one_part)
 
 
 def _exactly(ones: Array, values: Array, contracted: int) -> Array:
