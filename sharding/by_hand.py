@@ -115,19 +115,14 @@ def of_all_owners(x: Array, name: str) -> Array:
     return lax.all_gather(x, axes, tiled=True) if axes else x
 
 
-def summed_by_owner(x: Array, name: str, beside: Array | None, split: str) -> Array:
+def summed_by_owner(x: Array, name: str) -> Array:
     """The sum over the devices that own parts of this dimension; each keeps its own tokens.
 
-    Args:
-        x: [n T, ...], as `of_all_owners` has them.
-        beside: [T, ...], what is added to it: a share, of a sum over the devices among which the
-            dimension `split` is. If it can, it goes the same way.
+    `x` is [n T, ...], as `of_all_owners` has them.
     """
     axes = _with_tokens(name)
     others = tuple(axis for axis in _split(name) if axis not in axes)
     x = lax.psum_scatter(x, axes, tiled=True) if axes else x
-    if beside is not None:
-        x += beside if _split(split) == others else summed(beside, split)
     return lax.psum(x, others) if others else x
 
 

@@ -179,22 +179,20 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Contract the last dimensions of x with the weight's inputs, and add the bias."""
-        y = summed(self.share(x), *self.into)
+        n = len(self.into)
+        if self.inputs_first:
+            y = self._by_matrix(x.reshape(*x.shape[:-n], -1))
+        else:
+            weight = use(self.weight, x.dtype, scale_of(self, "weight"))
+            mine, theirs = (tuple(range(a.ndim - n, a.ndim)) for a in (x, weight))
+            y = jax.lax.dot_general(x, weight, ((mine, theirs), ((), ())))
+        y = summed(y, *self.into)
         if (adapter := adapter_of(self)) is not None:
             y += adapter(x)
         if not self.has_bias:
             return y
         bias = use(self.bias, x.dtype)
         return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-
-    def share(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x times the weight: by hand, what this device's part of the inputs adds to the sum."""
-        n = len(self.into)
-        if self.inputs_first:
-            return self._by_matrix(x.reshape(*x.shape[:-n], -1))
-        weight = use(self.weight, x.dtype, scale_of(self, "weight"))
-        mine, theirs = (tuple(range(a.ndim - n, a.ndim)) for a in (x, weight))
-        return jax.lax.dot_general(x, weight, ((mine, theirs), ((), ())))
 
     def matrix(self, dtype: DTypeLike) -> Array:
         """The weight [*out, *into] as a product needs it, an adapter multiplied out."""
@@ -325,14 +323,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Token by token."""
-        return self.down(self._inner(x))
-
-    def share(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
-        """By hand, what this device's part of the width adds to the sum."""
-        return self.down.share(self._inner(x))
-
-    def _inner(self, x: Array) -> Array:
-        return jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 def count_parameters(tree: Any) -> int:

@@ -146,6 +146,8 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
         """sum_k gate_k * expert_k(x) for every token."""
+        if self.inputs_first:
+            return self._for_few(x, routing)
         held = self.gate, self.up, self.down
         scales = [scale_of(self, name) for name in SwiGLU._fields]
         weights = SwiGLU(*(use(w, x.dtype, s) for w, s in zip(held, scales, strict=True)))
@@ -156,13 +158,11 @@ class Experts(nnx.Module):
             y = routed_experts(x, weights, routing.experts, routing.gates)
         return summed(y, "expert_mlp")
 
-    def for_few(
-        self, x: Float[Array, "T D"], routing: Routing, beside: Float[Array, "T D"] | None
-    ) -> Float[Array, "T D"]:
-        """The same for decoding, and what is computed beside it, a share by hand, added up.
+    def _for_few(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
+        """The same for decoding: by hand, each device sees all tokens, and has experts of its own.
 
-        By hand, each device sees the tokens of all, and has experts of its own. What is in FP8
-        stays so: `use` would widen all experts at every step, and not the chosen ones.
+        What is in FP8 stays so: `use` would widen all experts at every step, and not the chosen
+        ones.
         """
         weights, blocks = [], []
         for name in SwiGLU._fields:
@@ -181,7 +181,7 @@ class Experts(nnx.Module):
             jax.lax.bitcast_convert_type(gates, jnp.float32),
             SwiGLU(*blocks) if blocks else None,
         )
-        return summed_by_owner(y, "expert", beside, "mlp")
+        return summed_by_owner(y, "expert")
 
     def put_inputs_first(self) -> None:
         """Turn every matrix to [E, into, out], which few rows at a time are multiplied faster by.
@@ -217,12 +217,8 @@ class MoE(nnx.Module):
         """
         flat = x.reshape(-1, x.shape[-1])
         routing = self.router(flat, None if given is None else given.reshape(len(flat), -1))
-        shares = self.config.n_shared_experts > 0
-        if self.experts.inputs_first:
-            beside = self.shared.share(flat) if shares else None
-            return self.experts.for_few(flat, routing, beside).reshape(x.shape), routing
         y = constrain(self.experts(flat, routing).reshape(x.shape), "batch", "sequence", "residual")
-        return (y + self.shared(x) if shares else y), routing
+        return (y + self.shared(x) if self.config.n_shared_experts else y), routing
 
 
 def expert_stats(routing: Routing, valid: Bool[Array, "B S"]) -> ExpertStats:

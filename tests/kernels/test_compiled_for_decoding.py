@@ -63,7 +63,7 @@ def attention(rows, queries, heads, pages=16):
     "case",
     [experts(32), experts(256), dense(32, EMBED, 640), dense(2, 1536, 1152),
      attention(4, 1, 8), attention(4, 2, 128)],
-    ids=["experts", "many tokens", "dense", "a tile that is not full", "attention", "all heads and a draft"],
+    ids=["experts", "many tokens", "dense", "half a tile", "attention", "all heads and a draft"],
 )  # fmt: skip
 def test_a_kernel_compiles_and_nothing_is_copied_for_it(case, topology, monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
