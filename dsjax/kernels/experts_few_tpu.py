@@ -71,20 +71,18 @@ def apply_experts(
     x: Array, weights: SwiGLU, scales: SwiGLU | None, experts: Array, gates: Array
 ) -> Array:
     """`dsjax.kernels.experts_inference.apply_experts` on a TPU."""
-    count = len(x)
-    if count <= TOKENS:
-        return _apply(x, weights, scales, sort_out(experts, gates, len(weights.gate)))
-    fill = -count % TOKENS
+    tokens = len(x)
+    some = min(tokens, TOKENS)
+    fill = -tokens % some
 
-    def some(part: tuple[Array, Array, Array]) -> Array:
-        rows, chosen, counts = part
-        return _apply(rows, weights, scales, sort_out(chosen, counts, len(weights.gate)))
+    def apart(array: Array, nothing: int) -> Array:
+        padded = jnp.pad(array, ((0, fill), (0, 0)), constant_values=nothing)
+        return padded.reshape(-1, some, array.shape[1])
 
-    parts = tuple(
-        jnp.pad(a, ((0, fill), (0, 0)), constant_values=nothing).reshape(-1, TOKENS, a.shape[1])
-        for a, nothing in ((x, 0), (experts, -1), (gates, 0))
+    visitors = jax.vmap(partial(sort_out, count=len(weights.gate)))(
+        apart(experts, -1), apart(gates, 0)
     )
-    return lax.map(some, parts).reshape(-1, x.shape[1])[:count]
+    return _apply(apart(x, 0).reshape(-1, x.shape[1]), some, weights, scales, visitors)[:tokens]
 
 
 def width_of_part(width: int, bytes_each: int) -> int:
@@ -96,40 +94,26 @@ def width_of_part(width: int, bytes_each: int) -> int:
     return max(n for n in range(1, lanes + 1) if lanes % n == 0 and (n <= most or n == 1)) * LANES
 
 
-def _apply(x: Array, weights: SwiGLU, scales: SwiGLU | None, visitors: Visitors) -> Array:
-    (tokens, inputs), (count, _, width) = x.shape, weights.gate.shape
+def _apply(
+    x: Array, tokens: int, weights: SwiGLU, scales: SwiGLU | None, visitors: Visitors
+) -> Array:
+    """So many tokens at a time, those of each part by its own `Visitors`."""
+    inputs, (count, _, width) = x.shape[1], weights.gate.shape
     wide = width_of_part(width, 3 * inputs * weights.gate.dtype.itemsize)
-    parts = width // wide
-
-    def turn(expert: Any, part: Any, sizes: Any, read: Any) -> Any:
-        there = jnp.where(read[expert] < expert, parts - 1, 0)
-        return jnp.where(sizes[expert] > 0, part, there)
-
-    def columns(expert: Any, part: Any, sizes: Any, read: Any) -> tuple[Any, ...]:
-        return read[expert], 0, turn(expert, part, sizes, read)
-
-    def rows(expert: Any, part: Any, sizes: Any, read: Any) -> tuple[Any, ...]:
-        return read[expert], turn(expert, part, sizes, read), 0
-
-    def blocks(expert: Any, part: Any, sizes: Any, read: Any) -> tuple[Any, ...]:
-        return read[expert], 0, 0
-
-    whole = [pl.BlockSpec(a.shape, lambda *_: (0, 0)) for a in (x, *visitors[2:])]
-    matrices = [pl.BlockSpec((None, inputs, wide), columns)] * 2
-    matrices += [pl.BlockSpec((None, wide, inputs), rows)]
-    held = [
-        pl.BlockSpec((None, *s.shape[1:]), blocks, memory_space=pltpu.SMEM) for s in scales or ()
-    ]
-    least = LEAST_ROWS if scales is None else WIDENED_ROWS
+    grid = len(x) // tokens, count, width // wide
+    mine = pl.BlockSpec((tokens, inputs), lambda some, *_: (some, 0))
+    whose = pl.BlockSpec((None, count, tokens), lambda some, *_: (some, 0, 0))
+    read = (*weights, *(scales or ()))
+    rows = LEAST_ROWS if scales is None else WIDENED_ROWS
     tall = pl.cdiv(tokens, CHUNK) * CHUNK
     return pl.pallas_call(
         _visit,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(count, parts),
-            in_specs=[*whole, *matrices, *held],
-            out_specs=pl.BlockSpec(x.shape, lambda *_: (0, 0)),
+            grid=grid,
+            in_specs=[mine, whose, whose, *_specs_of_experts(weights, scales, wide)],
+            out_specs=mine,
             scratch_shapes=[
                 pltpu.VMEM((tall, inputs), x.dtype),
                 pltpu.VMEM((tall, inputs), jnp.float32),
@@ -137,15 +121,41 @@ def _apply(x: Array, weights: SwiGLU, scales: SwiGLU | None, visitors: Visitors)
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MEMORY_LIMIT
+            dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=MEMORY_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * 3 * count * least * inputs * width,
-            bytes_accessed=sum(a.nbytes for a in (*weights, *(scales or ()), x, x)),
-            transcendentals=count * CHUNK * width,
+            flops=grid[0] * 2 * 3 * count * rows * inputs * width,
+            bytes_accessed=grid[0] * sum(a.nbytes for a in read) + 2 * x.nbytes,
+            transcendentals=grid[0] * count * CHUNK * width,
         ),
         name="experts_few",
     )(*visitors[:2], x, *visitors[2:], *map(left_in_memory, weights), *(scales or ()))
+
+
+def _specs_of_experts(weights: SwiGLU, scales: SwiGLU | None, wide: int) -> list[Any]:
+    """Which part of an expert's matrices a turn has; nothing moves where nobody chose it."""
+    _, inputs, width = weights.gate.shape
+    last = width // wide - 1
+
+    def turn(some: Any, expert: Any, part: Any, sizes: Any, read: Any) -> Any:
+        there = jnp.where(read[some, expert] < expert, last, 0)
+        return jnp.where(sizes[some, expert] > 0, part, there)
+
+    def columns(some: Any, expert: Any, part: Any, sizes: Any, read: Any) -> tuple[Any, ...]:
+        return read[some, expert], 0, turn(some, expert, part, sizes, read)
+
+    def rows(some: Any, expert: Any, part: Any, sizes: Any, read: Any) -> tuple[Any, ...]:
+        return read[some, expert], turn(some, expert, part, sizes, read), 0
+
+    def blocks(some: Any, expert: Any, part: Any, sizes: Any, read: Any) -> tuple[Any, ...]:
+        return read[some, expert], 0, 0
+
+    return [
+        *[pl.BlockSpec((None, inputs, wide), columns)] * 2,
+        pl.BlockSpec((None, wide, inputs), rows),
+        *(pl.BlockSpec((None, *scale.shape[1:]), blocks, memory_space=pltpu.SMEM)
+          for scale in scales or ()),
+    ]  # fmt: skip
 
 
 class _Core(NamedTuple):
@@ -171,11 +181,11 @@ def _visit(sizes: Any, _: Any, x: Any, place: Any, gate: Any, *others: Any) -> N
     """A part of an expert's width, for all tokens that chose it."""
     *matrices, out, rows, sums, total = others
     core = _Core(x, place, gate, rows, sums, total)
-    expert, part = pl.program_id(0), pl.program_id(1)
-    experts, parts = pl.num_programs(0), pl.num_programs(1)
+    some, expert, part = (pl.program_id(axis) for axis in range(3))
+    experts, parts = pl.num_programs(1), pl.num_programs(2)
 
     def each_chunk(do: Any) -> None:
-        @pl.loop(0, sizes[expert], step=CHUNK)
+        @pl.loop(0, sizes[some, expert], step=CHUNK)
         def _(begin: Any) -> None:
             do(core, expert, pl.multiple_of(begin, CHUNK))
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.kernels import paged_attention_tpu as tpu
 from dsjax.kernels.attention import MASKED
 from dsjax.kernels.grouped_matmul import alone
+from dsjax.kernels.turns import usual_turns
 
 KEYS_AT_ONCE = 256
 """Keys of one turn of the loop over a row's context."""
@@ -120,7 +121,8 @@ def paged_attention(
     empty = jnp.zeros(q.shape[:3])
     start = empty + MASKED, empty, jnp.zeros((*empty.shape, value_width))
     turns = places.positions.max() // keys_at_once + 1
-    _, total, out = lax.fori_loop(0, turns, turn, start)
+    with usual_turns(table.shape[1] // pages_at_once):  # of a row that is full
+        _, total, out = lax.fori_loop(0, turns, turn, start)
     return _token_by_token((out / total[..., None]).astype(q.dtype), queries)
 
 
