@@ -21,16 +21,23 @@ CHIP is v5e, v5p or tpu7x; XxYxZ the chips along each axis of its torus (two for
 take a minute, 671B many on two cores; what was compiled is kept, and read the next time.
 docs/pods.md says what is counted, and how far to trust it. Needs the extra `plan`.
 
-CONFIG is a run of pre-training; with --step prefill or decode it is a model, and the steps are
-those of the engine that serve.py and eval run."""
+CONFIG is a run of pre-training, or a step of the engine that serve.py and eval run (`task: serve`,
+such as those under configs/serving/); with --step prefill or decode it is a model."""
 
 EXAMPLES = """\
 examples:
   dsjax plan v3-671b-v5p-512 --topology v5p:8x8x8
   dsjax plan v2-lite-16b-v5e-32 --topology v5e:4x8 training.microbatch_size=32 --json
   dsjax plan my-run.yaml --topology tpu7x:4x4x4 --picture plan.png
+  dsjax plan serving/r1-v5e-64 --topology v5e:8x8 drafts=1
   dsjax plan v2-lite-16b --topology v5e:2x4 --step decode --rows 64 --context 2048
 """
+
+
+DEFAULTS: dict[str, Any] = {
+    "rows": 128, "context": 4096, "drafts": 0, "dtype": "bfloat16", "mesh": None,
+}  # fmt: skip
+"""Of a step of the engine whose model is named, and nothing else."""
 
 
 def add_plan(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -58,13 +65,13 @@ def add_plan(verbs: argparse._SubParsersAction[Any]) -> None:
     engine = verb.add_argument_group("steps of the engine, --step prefill or decode")
     engine.add_argument("--step", choices=("train", "prefill", "decode"), default="train",
                         help="what is compiled (train)")  # fmt: skip
-    engine.add_argument("--rows", type=int, default=128, metavar="N",
+    engine.add_argument("--rows", type=int, metavar="N",
                         help="sequences that run at the same time (128)")  # fmt: skip
-    engine.add_argument("--context", type=int, default=4096, metavar="N",
+    engine.add_argument("--context", type=int, metavar="N",
                         help="tokens of each, in the cache (4096)")  # fmt: skip
-    engine.add_argument("--drafts", type=int, default=0, metavar="N",
+    engine.add_argument("--drafts", type=int, metavar="N",
                         help="tokens that MTP drafts a step (0)")  # fmt: skip
-    engine.add_argument("--dtype", choices=("bfloat16", "fp8"), default="bfloat16",
+    engine.add_argument("--dtype", choices=("bfloat16", "fp8"),
                         help="what weights are held in; fp8 is as DeepSeek releases (bfloat16)",
                         )  # fmt: skip
     engine.add_argument("--mesh", type=mesh_sizes, metavar="AXIS=N,...",
@@ -94,7 +101,7 @@ def _plan(
 
     made = make_plan(job_on, topology, cache or Path.home() / ".cache/dsjax/plans")
     if picture:
-        draw_plan(made, picture, title=f"{config} on {topology}: {step}")
+        draw_plan(made, picture, title=f"{config} on {topology}: {made.details['step']}")
     if json:
         print(json_module.dumps(plan_json(made, price)))
     else:
@@ -105,8 +112,18 @@ def _read_job(
     config: str, overrides: list[str], topology: str, step: str, engine: dict[str, Any]
 ) -> Callable[[Sequence[Any]], Any]:
     """What is to be compiled, on devices that are still to come; jax is imported after CONFIG."""
-    from dsjax.config_files import load_model_config, load_pretrain_config
+    from dsjax.config_files import load_model_config, load_pretrain_config, load_serving_config
 
+    given = {name: value for name, value in engine.items() if value is not None}
+    if step == "train" and given:
+        name, value = next(iter(given.items()))
+        raise UserError(
+            f"--{name} {value} is for a model and --step prefill or decode; CONFIG has settings of "
+            f"its own: {name}=..."
+        )
+    if step == "train" and (serving := load_serving_config(config, overrides)) is not None:
+        given = serving.model_dump(exclude={"task", "model"})
+        config, step, overrides = serving.model, given.pop("step"), []
     if step == "train":
         run = load_pretrain_config(config, overrides)
         describe_host(topology)
@@ -119,7 +136,7 @@ def _read_job(
     describe_host(topology)
     from dsjax.planning.serve import Serving, serving_job
 
-    return partial(serving_job, model, Serving(step=step, **engine))
+    return partial(serving_job, model, Serving(step=step, **DEFAULTS | given))
 
 
 def describe_host(topology: str) -> None:

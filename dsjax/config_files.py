@@ -14,6 +14,7 @@ from dsjax.architecture import FAMILIES, ModelConfig
 from dsjax.config import PretrainConfig, RunConfig
 from dsjax.config_grpo import GrpoRunConfig
 from dsjax.config_sample import SampleConfig
+from dsjax.config_serving import ServingConfig
 from dsjax.config_sft import DistillConfig, SftConfig
 from dsjax.errors import UserError, one_line
 from dsjax.places import as_path
@@ -101,6 +102,23 @@ def load_sample_config(name: str | Path, overrides: Sequence[str] = ()) -> Sampl
     return parse(SampleConfig, tree, source=str(path))
 
 
+def load_serving_config(name: str | Path, overrides: Sequence[str] = ()) -> ServingConfig | None:
+    """Read a configuration of serving, `task: serve`, and apply `key=value` overrides.
+
+    None: the file is of something else.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    path = find_config(name, CONFIGS)
+    tree = read_yaml(path)
+    if tree.get("task") != "serve":
+        return None
+    for text in overrides:
+        _override(tree, text)
+    return parse(ServingConfig, tree, source=str(path))
+
+
 def write_config(config: RunConfig, folder: Path) -> None:
     """Write a run's resolved configuration, config.yaml, as `load_run_config` reads it.
 
@@ -118,7 +136,7 @@ def find_config(name: str | Path, folder: Path) -> Path:
     named = folder / f"{name}.yaml"
     if named.is_file():
         return named
-    files = [*folder.glob("*.yaml"), *folder.glob("r1/*.yaml")]
+    files = [*folder.glob("*.yaml"), *folder.glob("r1/*.yaml"), *folder.glob("serving/*.yaml")]
     known = sorted(str(file.relative_to(folder).with_suffix("")) for file in files)
     raise UserError(
         f"{name}: no such file, and no such name in {folder}; known: {', '.join(known)}"

@@ -109,6 +109,23 @@ def summed(x: Array, *names: str) -> Array:
     return lax.psum(x, axes) if axes else x
 
 
+def of_all_owners(x: Array, name: str) -> Array:
+    """Tokens [T, ...] of all devices that own a part of this dimension, one after the other."""
+    axes = _with_tokens(name)
+    return lax.all_gather(x, axes, tiled=True) if axes else x
+
+
+def summed_by_owner(x: Array, name: str) -> Array:
+    """The sum over the devices that own parts of this dimension; each keeps its own tokens.
+
+    `x` is [n T, ...], as `of_all_owners` has them.
+    """
+    axes = _with_tokens(name)
+    others = tuple(axis for axis in _split(name) if axis not in axes)
+    x = lax.psum_scatter(x, axes, tiled=True) if axes else x
+    return lax.psum(x, others) if others else x
+
+
 def largest(x: Array, *names: str) -> Array:
     """The largest value over the same devices."""
     axes = _split(*names)
@@ -175,6 +192,12 @@ def summed_over_tokens(x: Array) -> Array:
 def _inside() -> Layout | None:
     layout = current_layout()
     return layout if layout is not None and layout.by_hand else None
+
+
+def _with_tokens(name: str) -> tuple[str, ...]:
+    """Of the mesh axes that a dimension is split over, those along which tokens differ."""
+    layout = _inside()
+    return () if layout is None else tuple(a for a in _split(name) if a in layout.token_axes)
 
 
 def _split(*names: str) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ TRAIN_RULES: Rules = {
     "mlp": ("tensor",),
     # The mesh axis `expert` is the one along which tokens travel to their experts.
     "expert": ("expert",),
+    "expert_mlp": ("tensor",),
     # Parameters: split over all devices that have tokens of their own, so that each keeps and
     # updates a part, and gradients are reduced by scattering them.
     "embed": ("fsdp", "expert", "context"),
@@ -39,7 +40,7 @@ TRAIN_RULES: Rules = {
     # Of the experts' stacks the middle dimension: what is gathered along the last one, where
     # numbers are neighbours in memory, has to be turned before it can be multiplied.
     "expert_embed": ("fsdp", "context"),
-    "expert_mlp": ("tensor", "fsdp", "context"),
+    "expert_mlp_rows": ("tensor", "fsdp", "context"),
     "expert_input": (),
     # Few: every device holds them all, and needs them for whichever heads it has.
     "kv_heads": (),
@@ -59,12 +60,16 @@ PREFILL_RULES: Rules = TRAIN_RULES | {
     "q_lora": ("fsdp",),
     "kv_lora": ("fsdp",),
     "expert_embed": ("fsdp",),
-    "expert_mlp": ("tensor", "fsdp"),
+    "expert_mlp_rows": ("tensor", "fsdp"),
 }
 
 DECODE_RULES: Rules = PREFILL_RULES | {
     # One token a row: there is no sequence to split.
     "sequence": (),
+    # Few tokens: all devices of a slice can see all of them, and each has experts of its own.
+    "expert": ("expert", "tensor"),
+    "expert_mlp": (),
+    "expert_mlp_rows": ("fsdp",),
 }
 
 

@@ -44,6 +44,7 @@ ROOM_OF = dict.fromkeys(
         "dsjax.config_grpo",
         "dsjax.config_rewards",
         "dsjax.config_sample",
+        "dsjax.config_serving",
         "dsjax.journal",
         "dsjax.config_sft",
         "dsjax.places",

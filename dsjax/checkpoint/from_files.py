@@ -7,10 +7,12 @@ as it is, its scales beside it, or widened on the way, slice by slice.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.checkpoint.source import Source, Stored, open_source
 from dsjax.checkpoint.streams import check_finite, same_numbers
 from dsjax.errors import UserError
+from dsjax.model.decoder import Decoder, assemble, prepare
 from dsjax.model.fp8 import hold_in_fp8
 from dsjax.model.layers import SCALE, BlockScale, variable_axes, variables
 from dsjax.model.transformer import Transformer
 from dsjax.numerics.fp8_host import E4M3, check_scales, dequantize_into
 from dsjax.places import ObjectPath, as_path
-from sharding.rules import Layout
+from sharding.rules import Layout, use_layout
 
 HELD = {name: DTYPES[name] for name in ("F32", "BF16", "F16")}
 """What any weight may be held and stored as; one with scales may be FP8, too."""
@@ -58,6 +61,41 @@ def load_files(folder: str | Path, dtype: Any = None, layout: Layout | None = No
         UserError: the config or a file is damaged; a tensor is missing, unknown, misshaped, not
             finite, or stored in a way that cannot be held; a repeat differs from what it repeats.
     """
+    reading = _open(folder, dtype, layout)
+    leaves = [reading.leaf(path, variable) for path, variable in variables(reading.abstract)]
+    return jax.tree.unflatten(jax.tree.structure(reading.abstract), leaves)
+
+
+def load_files_apart(
+    folder: str | Path, dtype: Any = None, layout: Layout | None = None
+) -> Decoder:
+    """The same weights as a decoder holds them: beside it there is never more than one layer.
+
+    A model of which half a device is full cannot be loaded as a whole and then be taken apart.
+    """
+    reading = _open(folder, dtype, layout)
+    whole, c = reading.abstract, reading.config
+
+    def part(name: str, layer: int | None = None) -> Any:
+        module = getattr(whole, name)
+        leaves = [
+            reading.leaf(f"{name}.{path}", variable, layer) for path, variable in variables(module)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(module), leaves)
+
+    def layers(name: str, count: int) -> list[Any]:
+        return [prepare(part(name, layer), whole.dtype) for layer in range(count)]
+
+    with contextlib.nullcontext() if layout is None else use_layout(layout):
+        blocks = layers("dense_layers", c.first_k_dense_replace)
+        blocks += layers("moe_layers", c.num_moe_layers)
+        mtp = None if whole.mtp is None else layers("mtp", 1)[0]
+        head = None if whole.head is None else part("head").weight
+        return assemble(c, whole.dtype, part("embed"), blocks, part("norm"), head, mtp)
+
+
+def _open(folder: str | Path, dtype: Any, layout: Layout | None) -> _Reading:
+    """What is in the files, checked as far as their headers tell; MTP's repeats compared."""
     wanted = None if dtype is None else jnp.dtype(dtype)
     if wanted is not None and wanted not in COMPUTED.values():
         raise UserError(f"dtype={wanted}: models compute in float32 or bfloat16; choose one")
@@ -67,38 +105,50 @@ def load_files(folder: str | Path, dtype: Any = None, layout: Layout | None = No
     _check_dtypes(source.parts, source.stored)
     if not isinstance(source.folder, ObjectPath):  # there `fetch` compares what it fetches
         _check_repeats(source.parts, source.stored)
-    return _build(source, wanted, layout)
+    return _Reading(source, wanted, layout)
 
 
-def _build(source: Source, wanted: np.dtype[Any] | None, layout: Layout | None) -> Transformer:
-    config, stored = source.config, source.stored
-    pieces: dict[str, list[Tensor]] = defaultdict(list)
-    for tensor in source.parts:
-        pieces[tensor.path].append(tensor)
-    dtypes = {path: _held_dtype(pieces[path], stored, wanted) for path in pieces if path}
-    embedded = dtypes["embed.weight"]
-    computed = embedded if embedded in COMPUTED.values() else COMPUTED["F32"]
-    abstract = jax.eval_shape(
-        lambda key: Transformer(config, key, param_dtype=embedded, dtype=computed),
-        jax.random.key(0),
-    )
-    hold_in_fp8(abstract, [path for path, dtype in dtypes.items() if dtype == DTYPES[FP8]])
-    leaves, here = [], stored
-    for path, variable in variables(abstract):
-        place = _place(variable, layout)
-        if isinstance(variable, BlockScale):  # behind its weight, and fetched with it
-            path, dtype, read = path.removesuffix(SCALE), variable.dtype, _read_scales
+class _Reading:
+    """A model whose weights are still in files: leaf by leaf they come to their places."""
+
+    def __init__(self, source: Source, wanted: np.dtype[Any] | None, layout: Layout | None):
+        self.config = config = source.config
+        self._source, self._layout = source, layout
+        self._pieces: dict[str, list[Tensor]] = defaultdict(list)
+        for tensor in source.parts:
+            self._pieces[tensor.path].append(tensor)
+        self._dtypes = {
+            path: _held_dtype(pieces, source.stored, wanted)
+            for path, pieces in self._pieces.items()
+            if path
+        }
+        embedded = self._dtypes["embed.weight"]
+        computed = embedded if embedded in COMPUTED.values() else COMPUTED["F32"]
+        self.abstract = jax.eval_shape(
+            lambda key: Transformer(config, key, param_dtype=embedded, dtype=computed),
+            jax.random.key(0),
+        )
+        fp8 = [path for path, dtype in self._dtypes.items() if dtype == DTYPES[FP8]]
+        hold_in_fp8(self.abstract, fp8)
+        self._fetched: Mapping[str, Stored] = source.stored
+
+    def leaf(self, path: str, variable: Any, layer: int | None = None) -> jax.Array:
+        """One variable of the abstract model; of a stack all layers, or one."""
+        shape, axes = variable.shape, variable_axes(variable)
+        scales = isinstance(variable, BlockScale)  # behind its weight, and fetched with it
+        path = path.removesuffix(SCALE) if scales else path
+        pieces = self._pieces[path]
+        if layer is not None:
+            shape, axes = shape[1:], axes[1:]
+            pieces = [replace(t, index=t.index[1:]) for t in pieces if t.index[0] == layer]
+        if self._layout is None:
+            place: Sharding = SingleDeviceSharding(jax.devices()[0])
         else:
-            dtype, read = dtypes[path], _read_slice
-            here = fetch(pieces[path], source, variable.shape, place)
-        leaves.append(_load(pieces[path], here, variable.shape, dtype, place, read))
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-
-def _place(variable: Any, layout: Layout | None) -> Sharding:
-    if layout is None:
-        return SingleDeviceSharding(jax.devices()[0])
-    return layout.sharding(variable_axes(variable), variable.shape)
+            place = self._layout.sharding(axes, shape)
+        if scales:
+            return _load(pieces, self._fetched, shape, variable.dtype, place, _read_scales)
+        self._fetched = fetch(pieces, self._source, shape, place)
+        return _load(pieces, self._fetched, shape, self._dtypes[path], place, _read_slice)
 
 
 def _load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsjax.checkpoint.from_files import load_files
+from dsjax.checkpoint.from_files import load_files, load_files_apart
 from dsjax.checkpoint.source import RUN, kind_of, run_with_adapters
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import load_run_config
 from dsjax.errors import UserError
+from dsjax.model.decoder import Decoder, take_apart
 from dsjax.model.layers import RouterBias, tree_shardings, variables
 from dsjax.model.transformer import Transformer
 from dsjax.places import as_path
 from sharding.mesh import make_mesh
-from sharding.rules import DECODE_RULES, Layout
+from sharding.rules import DECODE_RULES, Layout, use_layout
 
 
 def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Transformer:
@@ -40,12 +42,31 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Trans
     return load_on(path, dtype, None if mesh is None else Layout(mesh, DECODE_RULES))
 
 
+def load_decoder(path: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Decoder:
+    """The same as decoding reads it, for `Engine`: no model is made first, where files hold one.
+
+    A run's weights are loaded whole, and copied.
+    """
+    folder = as_path(path)
+    layout = None if mesh is None else Layout(mesh, DECODE_RULES)
+    if not _is_plain_run(folder):
+        return load_files_apart(folder, dtype, layout)
+    model = _load_run(folder, dtype, layout)
+    with contextlib.nullcontext() if layout is None else use_layout(layout):
+        return take_apart(model)
+
+
 def load_on(path: str | Path, dtype: Any, layout: Layout | None) -> Transformer:
     """The same, placed by any layout: a run begins where another one, or a release, ended."""
     folder = as_path(path)
-    if kind_of(folder) == RUN and run_with_adapters(folder) is None:
+    if _is_plain_run(folder):
         return _load_run(folder, dtype, layout)
     return load_files(folder, dtype, layout)
+
+
+def _is_plain_run(folder: Path) -> bool:
+    """Whether its weights are a run's own: adapters are merged as a file is read."""
+    return kind_of(folder) == RUN and run_with_adapters(folder) is None
 
 
 def _load_run(folder: Path, dtype: Any, layout: Layout | None) -> Transformer:

@@ -24,6 +24,7 @@ from dsjax.inference.scheduler import Plan, Scheduler, Sequence
 from dsjax.inference.settings import PAGE_SIZE, EngineSettings, EngineStats
 from dsjax.inference.speculation import Speculation
 from dsjax.inference.step import Logprobs, StepOutputs
+from dsjax.model.decoder import Decoder
 from dsjax.model.transformer import Transformer
 
 
@@ -32,13 +33,18 @@ class Engine:
 
     Args:
         model: on a device, or sharded over a mesh: the batch then goes over the mesh's batch axes,
-            each part with rows and pages of its own. The engine holds a copy of the weights.
+            each part with rows and pages of its own. The engine holds a copy of the weights; of
+            what `load_decoder` loaded, the weights themselves.
         settings: how much room there is.
         vocab_size: ids from here on are never sampled; a tokenizer can know fewer than the model.
     """
 
     def __init__(
-        self, model: Transformer, settings: EngineSettings, *, vocab_size: int | None = None
+        self,
+        model: Transformer | Decoder,
+        settings: EngineSettings,
+        *,
+        vocab_size: int | None = None,
     ):
         config = model.config
         if settings.context > config.max_position_embeddings:

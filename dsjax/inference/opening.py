@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dsjax.checkpoint.load import load
+from dsjax.checkpoint.load import load_decoder
 from dsjax.inference.engine import Engine
 from dsjax.inference.reader import Reader
 from dsjax.inference.settings import EngineSettings
@@ -35,5 +35,5 @@ def open_engine(
     """
     made = None if mesh is None else make_mesh(dict(mesh))
     settings = EngineSettings(rows=rows, context=context, cache_tokens=cache_tokens)
-    model = load(reader.checkpoint, dtype, made)
+    model = load_decoder(reader.checkpoint, dtype, made)
     return Engine(model, settings, vocab_size=vocab_size or reader.tokenizer.vocab_size)

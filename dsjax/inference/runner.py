@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from dsjax.inference.sampler_state import SamplerState, row_params
 from dsjax.inference.scheduler import Chunk, Plan, Sequence, row_counts
 from dsjax.inference.settings import PAGE_SIZE, READ_AT_ONCE, EngineSettings
 from dsjax.inference.step import StepInputs, StepOutputs, step_for
-from dsjax.model.decoder import Pages, make_pages, take_apart
+from dsjax.model.decoder import Decoder, Pages, make_pages, take_apart
 from dsjax.model.transformer import Transformer
 from sharding.rules import DECODE_RULES, Layout, use_layout
 
@@ -37,7 +38,7 @@ class Runner:
     `pages` pages of its own.
     """
 
-    def __init__(self, model: Transformer, settings: EngineSettings, vocab_size: int):
+    def __init__(self, model: Transformer | Decoder, settings: EngineSettings, vocab_size: int):
         self.config = model.config
         self.drafts = settings.drafts if model.mtp is not None else 0
         self._layout = _layout_of(model)
@@ -65,10 +66,13 @@ class Runner:
         with self._device():
             self._pages, self._sampler = self._spread(empty)
 
-    def take(self, model: Transformer) -> None:
-        """Copy a model's weights, as decoding reads them."""
+    def take(self, model: Transformer | Decoder) -> None:
+        """Copy a model's weights, as decoding reads them; a decoder's own are used as they are."""
         with self._device():
-            self._weights, structure = jax.tree.flatten(take_apart(model))
+            decoder = model if isinstance(model, Decoder) else take_apart(model)
+            if not self.drafts:
+                decoder = replace(decoder, mtp=None)
+            self._weights, structure = jax.tree.flatten(decoder)
             self._step = step_for(structure)
 
     def run(self, plan: Plan) -> StepOutputs:
@@ -201,7 +205,7 @@ def by_batch(layout: Layout, shapes: Any) -> Any:
     return jax.tree.map(place, shapes)
 
 
-def _layout_of(model: Transformer) -> Layout | None:
+def _layout_of(model: Transformer | Decoder) -> Layout | None:
     """The mesh that a model's weights are spread over; None on a single device."""
     sharding = model.embed.weight[...].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None

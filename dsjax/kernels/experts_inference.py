@@ -3,7 +3,8 @@
     y_t = sum_k g_tk W_down^e (silu(W_gate^e x_t) * W_up^e x_t),   e = experts_tk
 
 Matrices lie with their inputs first, [experts, in, out]: a few rows are multiplied by them half
-again as fast on a CPU, and on others `grouped_matmul` takes either layout.
+again as fast on a CPU, and on others every product takes either layout. On a TPU one kernel does
+all of it, `experts_few_tpu`, unless XLA's partitioner splits the program.
 `experts.routed_experts_reference` is the meaning of both.
 """
 
@@ -16,10 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsjax.kernels import experts_few_tpu as few_tpu
 from dsjax.kernels.blocks import BLOCKS, fold_blocks, fold_experts
 from dsjax.kernels.grouped_matmul import grouped_matmul
 from dsjax.kernels.permutation import Order, sort_by_expert
 from dsjax.kernels.swiglu import SwiGLU, swiglu
+from dsjax.kernels.tpu_core import alone
 from dsjax.numerics.fp8 import dequantize_blocks
 
 
@@ -35,16 +38,29 @@ def apply_experts(
     Args:
         x: tokens, in the dtype of `weights` unless these are in FP8.
         weights: gate and up [E, D, F], down [E, F, D].
-        experts: the K experts of each token.
+        experts: the K experts of each token; a number that `weights` do not have is of nobody here.
         gates: what each choice counts.
         scales: of the 128 x 128 blocks of every expert's matrices, which are then in FP8.
     """
-    order = sort_by_expert(experts, weights.gate.shape[0])
+    if not alone():
+        return _sorted(x, weights, scales, experts, gates)
+    return lax.platform_dependent(
+        x, weights, scales, experts, gates, tpu=few_tpu.apply_experts, default=_sorted
+    )
+
+
+def _sorted(
+    x: Array, weights: SwiGLU, scales: SwiGLU | None, experts: Array, gates: Array
+) -> Array:
+    """Rows sorted by expert, and products of groups of them."""
+    count = weights.gate.shape[0]
+    order = sort_by_expert(jnp.where((experts < 0) | (experts >= count), count, experts), count)
     gate_of_row = gates.ravel()[order.pair_of_row]
     rows = lax.platform_dependent(
         x, weights, scales, order, gate_of_row, cpu=_in_blocks, default=_grouped
     )
-    return order.sum_choices(rows)
+    of_somebody = jnp.arange(len(rows)) < order.sizes.sum()
+    return order.sum_choices(jnp.where(of_somebody[:, None], rows, 0))  # The others are undefined.
 
 
 def _widened(weights: SwiGLU, scales: SwiGLU | None, dtype: Any) -> SwiGLU:

@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels.experts import multiply, multiply_gradient
@@ -66,11 +67,16 @@ def routed_experts_over(
     return _forward(axis, reach, x, weights, experts, gates)[0]
 
 
+KEPT = "rounds of experts"
+"""The name of a number that is worth keeping: all devices had to be asked for it."""
+
+
 class _Saved(NamedTuple):
     x: Array
     weights: SwiGLU
     experts: Array
     gates: Array
+    rounds: Array
 
 
 class _Round(NamedTuple):
@@ -98,12 +104,13 @@ def _forward(
         back = send(out.reshape(rows.shape), now.arrived, now.window.rows)
         return _plus(y, sum_rows(_flat(back), journey.rows_of(index)))
 
-    return _fold_rounds(journey, one_round, x), _Saved(x, weights, experts, gates)
+    rounds = checkpoint_name(journey.rounds(), KEPT)
+    return _fold_rounds(rounds, one_round, x), _Saved(x, weights, experts, gates, rounds)
 
 
 def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
     # The barrier keeps XLA from seeing that x travelled before, and keeping what arrived till now.
-    (x, weights, experts, gates), dy = lax.optimization_barrier((saved, dy))
+    (x, weights, experts, gates, rounds), dy = lax.optimization_barrier((saved, dy))
     journey = _plan(axis, weights, experts)
     send = partial(_send, axis, reach, experts)
 
@@ -128,7 +135,7 @@ def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, S
             _plus(d_gates, journey.pick_pairs(index, d_pairs)),
         )
 
-    dx, d_weights, d_gates = _fold_rounds(journey, one_round, (x, weights, gates))
+    dx, d_weights, d_gates = _fold_rounds(rounds, one_round, (x, weights, gates))
     return dx, d_weights, None, d_gates
 
 
@@ -148,16 +155,15 @@ def _send(
 
 
 def _fold_rounds(
-    journey: Journey, one_round: Callable[[Array | int, Sums | None], Sums], like: Sums
+    rounds: Array, one_round: Callable[[Array | int, Sums | None], Sums], like: Sums
 ) -> Sums:
-    """Fold `one_round(index, sums)` over as many rounds as it takes, as a rule one.
+    """Fold `one_round(index, sums)` over as many rounds, as a rule one.
 
     Sums are in float32, and in the dtypes of `like` in the end. The first round stands outside of
     the loop, for its exchange to run beside work that does not need it (the shared expert), and for
     sums of one round to be what it gives, without a copy in float32. A CPU overlaps nothing, and
     has less to compile where all are in the loop.
     """
-    rounds = journey.rounds()
 
     def shortened(sums: Sums) -> Sums:
         return jax.tree.map(lambda a, b: a.astype(b.dtype), sums, like)

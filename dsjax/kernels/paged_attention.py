@@ -12,6 +12,7 @@ names pages of its own group, so nothing here crosses from one group to another.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsjax.kernels import paged_attention_tpu as tpu
 from dsjax.kernels.attention import MASKED
+from dsjax.kernels.tpu_core import alone
+from dsjax.kernels.turns import usual_turns
 
 KEYS_AT_ONCE = 256
 """Keys of one turn of the loop over a row's context."""
@@ -61,10 +65,14 @@ KeysValues = Callable[[Float[Array, "B T W"]], tuple[Array, Array]]
 
 
 def write_pages(
-    pages: Float[Array, "G N T W"], new: Float[Array, "B Q W"], slots: Int[Array, "B Q"]
+    pages: Float[Array, "G N T W"], new: Float[Array, "B Q _"], slots: Int[Array, "B Q"]
 ) -> Float[Array, "G N T W"]:
-    """Put each token's latent into its slot; those whose slot is outside are dropped."""
+    """Put each token's latent into its slot; those whose slot is outside are dropped.
+
+    Pages may be wider than latents.
+    """
     groups, width = pages.shape[0], pages.shape[-1]
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, width - new.shape[-1])))
     flat = pages.reshape(groups, -1, width)
     rows = new.astype(pages.dtype).reshape(groups, -1, width)
     put = jax.vmap(lambda one, at, x: one.at[at].set(x, mode="drop"))
@@ -113,8 +121,38 @@ def paged_attention(
     empty = jnp.zeros(q.shape[:3])
     start = empty + MASKED, empty, jnp.zeros((*empty.shape, value_width))
     turns = places.positions.max() // keys_at_once + 1
-    _, total, out = lax.fori_loop(0, turns, turn, start)
+    with usual_turns(table.shape[1] // pages_at_once):  # of a row that is full
+        _, total, out = lax.fori_loop(0, turns, turn, start)
     return _token_by_token((out / total[..., None]).astype(q.dtype), queries)
+
+
+def latent_attention(
+    q: Float[Array, "B Q H K"],
+    pages: Float[Array, "G N T W"],
+    places: Places,
+    value_width: int,
+    scale: float,
+) -> Float[Array, "B Q H V"]:
+    """`paged_attention` of queries in latent space, for which a latent is key and value at once.
+
+    All heads share it: its first K numbers are the key, its first `value_width` the value. On a TPU
+    it is the Pallas kernel of `paged_attention_tpu`, unless XLA's partitioner splits the program.
+    """
+
+    def share(latent: Array) -> tuple[Array, Array]:
+        shared = latent[:, :, None]
+        return shared[..., : q.shape[-1]], shared[..., :value_width]
+
+    def plain(q: Array, pages: Array, places: Places) -> Array:
+        return paged_attention(q, pages, places, share, 1, value_width, scale)
+
+    if not alone():
+        return plain(q, pages, places)
+    kernel = partial(tpu.latent_attention, value_width=value_width, scale=scale)
+    return lax.platform_dependent(
+        q, pages, places, tpu=lambda q, pages, at: kernel(q, pages, at.positions, at.table),
+        default=plain,
+    )  # fmt: skip
 
 
 def paged_attention_reference(

@@ -8,8 +8,9 @@ matrices lie with their inputs first. The modules are those of training.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,25 @@ from jaxtyping import Array, Float, Int
 from dsjax.architecture import ModelConfig
 from dsjax.kernels.paged_attention import Places
 from dsjax.model.block import Block
-from dsjax.model.layers import Embedding, Linear, RMSNorm, scale_of
+from dsjax.model.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    scale_of,
+    tree_places,
+    tree_shardings,
+    use,
+)
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts
 from dsjax.model.mtp import MTPModule
 from dsjax.model.rope import rotary_table
 from dsjax.model.transformer import Transformer
-from sharding.rules import constrain
+from sharding.by_hand import by_hand
+from sharding.rules import constrain, current_layout
+
+Module = TypeVar("Module", bound=nnx.Module)
+Result = TypeVar("Result")
 
 Pages = tuple[Float[Array, "G N T W"], ...]
 """The cache: one array of pages for each layer, and a last one for MTP's."""
@@ -43,7 +56,8 @@ class Decoder:
     embed: Embedding
     layers: tuple[Block, ...]
     norm: RMSNorm
-    head: Float[Array, "D V"]
+    head: nnx.Param[Array]
+    """[D, V]."""
     mtp: MTPModule | None
     """The first MTP module; deeper ones are not used."""
     config: ModelConfig
@@ -56,6 +70,9 @@ class Decoder:
 
         And which experts each expert layer sent each token to.
         """
+        return self._by_hand(Decoder._extend, tokens, pages, places)
+
+    def _extend(self, tokens: Array, pages: Pages, places: Places) -> tuple[Array, Pages, Array]:
         table = rotary_table(self.config, places.positions)
         x, new, experts = self._embed(tokens), [], [jnp.zeros((*tokens.shape, 0, 0), jnp.int32)]
         for block, mine in zip(self.layers, pages, strict=False):
@@ -77,6 +94,11 @@ class Decoder:
 
         `logits` of place i speak of the token two places on.
         """
+        return self._by_hand(Decoder._look_ahead, next_tokens, hidden, pages, places)
+
+    def _look_ahead(
+        self, next_tokens: Array, hidden: Array, pages: Pages, places: Places
+    ) -> tuple[Array, Pages]:
         assert self.mtp is not None  # the engine does not ask a model without
         table = rotary_table(self.config, places.positions)
         embedded = self._embed(next_tokens)
@@ -85,42 +107,90 @@ class Decoder:
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """float32 scores of every token of the vocabulary."""
-        logits = jnp.einsum("bd,dv->bv", hidden, self.head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bd,dv->bv", hidden, self.head[...], preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "vocab")
+
+    def _by_hand(self, method: Callable[..., Result], *arguments: Any) -> Result:
+        """On a mesh, each device does its part: all arrays begin with the batch, or its groups."""
+        layout = current_layout()
+        if layout is None:
+            return method(self, *arguments)
+        rows = layout.spec(("batch",), (layout.ways("batch"),))
+        spread = jax.tree.map(lambda _: rows, arguments)
+        results = jax.tree.map(lambda _: rows, jax.eval_shape(method, self, *arguments))
+        return by_hand(method, (tree_places(self), *spread), results)(self, *arguments)
 
     def _embed(self, tokens: Array) -> Array:
         return constrain(self.embed(tokens, self.dtype), "batch", "sequence", "residual")
 
 
-@jax.jit
 def take_apart(model: Transformer) -> Decoder:
-    """A decoder with copies of a model's weights.
+    """A decoder with copies of a model's weights, made a layer at a time.
 
-    Matrices are in the dtype that the model computes in, so that no step casts them; norms and
-    routers, which compute in float32, stay as they are, and so does what is in FP8.
+    `checkpoint.load.load_decoder` makes one of files, without the model.
     """
-    config = model.config
+    c, dtype = model.config, model.dtype
     layers = [
-        jax.tree.map(lambda a, i=i: a[i], stack)
+        _placed(_layer_of, stack, index, dtype=dtype)
         for stack, count in (
-            (model.dense_layers, config.first_k_dense_replace),
-            (model.moe_layers, config.num_moe_layers),
+            (model.dense_layers, c.first_k_dense_replace),
+            (model.moe_layers, c.num_moe_layers),
         )
-        for i in range(count)
+        for index in range(count)
     ]
-    mtp = jax.tree.map(lambda a: a[0], model.mtp)
-    embed = jax.tree.map(lambda a: a, model.embed)
-    head = model.head_weight(model.dtype).T
-    for module in (embed, *layers, mtp):
-        _prepare(module, model.dtype)
-    return Decoder(embed, tuple(layers), model.norm, head, mtp, config, model.dtype)
+    mtp = None if model.mtp is None else _placed(_layer_of, model.mtp, 0, dtype=dtype)
+    embed, norm = jax.tree.map(jnp.copy, (model.embed, model.norm))
+    head = None if model.head is None else model.head.weight
+    return assemble(c, dtype, embed, layers, norm, head, mtp)
 
 
-def _prepare(module: nnx.Module | None, dtype: Any) -> None:
-    """Cast every matrix below, put its inputs first, and hold what is cut at every step apart.
+def assemble(
+    config: ModelConfig,
+    dtype: Any,
+    embed: Embedding,
+    layers: Sequence[Block],
+    norm: RMSNorm,
+    head: nnx.Variable[Array] | None,
+    mtp: MTPModule | None,
+) -> Decoder:
+    """A decoder of its parts: layers and MTP are prepared, the others as they are in a model.
 
-    What is in FP8 stays so.
+    Without a head the embedding is the head, too.
     """
+    head = _placed(_head, embed.weight if head is None else head, dtype=dtype)
+    embed = _placed(prepared, embed, dtype=dtype)
+    return Decoder(embed, tuple(layers), norm, head, mtp, config, dtype)
+
+
+def prepare(module: Module, dtype: Any) -> Module:
+    """A layer or an MTP module with its weights as decoding reads them, placed as their axes say.
+
+    Matrices are in `dtype`, what the model computes in, so that no step casts them, and lie with
+    their inputs first; norms and routers, which compute in float32, stay as they are, and what is
+    in FP8 stays so.
+    """
+    return _placed(prepared, module, dtype=dtype)
+
+
+def _placed(make: Callable[..., Result], *arguments: Any, dtype: Any) -> Result:
+    """What is made, compiled, each array where the current layout says by the names of its axes."""
+    layout = current_layout()
+    if layout is None:
+        return jax.jit(make, static_argnames="dtype")(*arguments, dtype=dtype)
+    places = tree_shardings(jax.eval_shape(partial(make, dtype=dtype), *arguments), layout)
+    return jax.jit(make, static_argnames="dtype", out_shardings=places)(*arguments, dtype=dtype)
+
+
+def _layer_of(stack: Module, index: Int[Array, ""], dtype: Any) -> Module:
+    return prepared(jax.tree.map(lambda a: a[index], stack), dtype)
+
+
+def _head(weight: nnx.Variable[Array], dtype: Any) -> nnx.Param[Array]:
+    return nnx.Param(use(weight, dtype).T, axes=("embed", "vocab"))
+
+
+def prepared(module: Module, dtype: Any) -> Module:
+    """`prepare`, before it is compiled."""
     for node in _modules(module):
         if isinstance(node, MLA):
             node.split_keys_from_values(dtype)
@@ -131,10 +201,11 @@ def _prepare(module: nnx.Module | None, dtype: Any) -> None:
             for name, variable in vars(node).items():
                 if isinstance(variable, nnx.Param) and scale_of(node, name) is None:
                     variable.set_value(variable[...].astype(dtype))
+    return module
 
 
-def _modules(module: nnx.Module | None) -> list[Any]:
-    return [] if module is None else [node for _, node in nnx.iter_graph(module)]
+def _modules(module: nnx.Module) -> list[Any]:
+    return [node for _, node in nnx.iter_graph(module)]
 
 
 def make_pages(
@@ -146,5 +217,10 @@ def make_pages(
 
 
 def cache_shape(config: ModelConfig, *, mtp: bool) -> tuple[int, int]:
-    """Layers that remember, MTP's among them if it is used, and numbers a token in each."""
-    return config.num_hidden_layers + mtp, config.cache_width
+    """Layers that remember, MTP's among them if it is used, and numbers a token in each.
+
+    Wide ones fill whole lanes of 128, as they would in a TPU's memory anyway: otherwise its
+    compiler turns the pages, and turns them back at every step.
+    """
+    width = config.cache_width
+    return config.num_hidden_layers + mtp, -(-width // 128) * 128 if width > 128 else width

@@ -81,11 +81,16 @@ class GQA(nnx.Module):
         pages = write_pages(pages, new, places.slots)
 
         def split(cached: Array) -> tuple[Array, Array]:
-            both = cached.reshape(*cached.shape[:2], 2, c.num_key_value_heads, c.head_dim)
-            return both[:, :, 0], both[:, :, 1]
+            both = cached[..., : c.cache_width].reshape(
+                *cached.shape[:2], 2, c.num_key_value_heads, c.head_dim
+            )
+            few = both[:, :, 0], both[:, :, 1]
+            return _of_queries(q.shape[2], shared, few, ()) if is_split("heads") else few
 
         scale = softmax_scale(c)
-        heads = paged_attention(q, pages, places, split, c.num_key_value_heads, c.head_dim, scale)
+        shared = c.num_attention_heads // c.num_key_value_heads
+        key_heads = q.shape[2] if is_split("heads") else c.num_key_value_heads
+        heads = paged_attention(q, pages, places, split, key_heads, c.head_dim, scale)
         return self.out(heads), pages
 
     def _projected(self, x: Array, table: RotaryTable) -> tuple[Array, Array, Array]:

@@ -14,8 +14,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dsjax.kernels.block_scaled import block_scaled_matmul
 from dsjax.numerics.fp8 import dequantize_blocks
-from dsjax.numerics.fp8_host import E4M3
+from dsjax.numerics.fp8_host import BLOCK, E4M3
 from sharding.by_hand import first_place, gathered, is_split, summed, summed_over_copies
 from sharding.rules import Layout, current_layout
 
@@ -54,12 +55,27 @@ def use(weight: nnx.Variable[Array], dtype: DTypeLike, scale: BlockScale | None 
     """The one way a weight enters a computation: cast to its dtype and, by hand, gathered.
 
     A weight in FP8 needs its scales. It is widened as loading widens one, bit by bit: multiplied in
-    float32, rounded once. What is trained, and so computed by hand, is not FP8.
+    float32, rounded once; by hand, it is gathered before.
     """
     if scale is None:
         assert weight.dtype != E4M3  # Its values mean nothing without their scales.
         return gathered(weight[...], variable_axes(weight), dtype)
-    return dequantize_blocks(weight[...], scale[...], dtype, scale.get_metadata("merged"))
+    whole, merged = gathered(weight[...], variable_axes(weight), E4M3), scale.get_metadata("merged")
+    return dequantize_blocks(whole, scale[...], dtype, merged, _first_places(weight, whole, merged))
+
+
+def _first_places(
+    weight: nnx.Variable[Array], part: Array, merged: tuple[int, int]
+) -> tuple[Any, Any] | None:
+    """By hand, which of the matrix' rows and columns a device's part of it begins at."""
+    axes = variable_axes(weight)
+    ends = part.ndim - merged[1], part.ndim
+    found = []
+    for end, count in zip(ends, merged, strict=True):
+        names, sizes = axes[end - count : end], part.shape[end - count : end]
+        assert not any(map(is_split, names[1:]))  # Else the part would not be one piece.
+        found.append(first_place(names[0], sizes[0]) * math.prod(sizes[1:]))
+    return None if not any(map(is_split, axes)) else (found[0], found[1])
 
 
 def scale_of(module: nnx.Module, name: str) -> BlockScale | None:
@@ -67,26 +83,20 @@ def scale_of(module: nnx.Module, name: str) -> BlockScale | None:
     return getattr(module, f"{name}{SCALE}", None)
 
 
-def put_columns_first(module: nnx.Module, name: str, merged: tuple[int, int] = (1, 1)) -> None:
-    """Turn a weight to [*stack, *columns, *rows], and its scales with it, in place.
-
-    `merged` is how many of its last dimensions are rows, and how many columns.
-    """
+def put_columns_first(module: nnx.Module, name: str) -> None:
+    """Turn a weight [*stack, rows, columns] and its scales to [*stack, columns, rows], in place."""
     weight: nnx.Variable[Array] = getattr(module, name)
-    _swap(weight, *merged)
+    _swap(weight)
     if (scale := scale_of(module, name)) is not None:
-        _swap(scale, 1, 1)
-        scale.set_metadata("merged", merged[::-1])
+        _swap(scale)
+        scale.set_metadata("merged", (1, 1))
 
 
-def _swap(variable: nnx.Variable[Array], rows: int, columns: int) -> None:
-    """Exchange the last dimensions of a variable, and their names."""
-    rank = len(variable.shape)
-    first, split = rank - rows - columns, rank - columns
-    order = (*range(first), *range(split, rank), *range(first, split))
-    axes = variable.get_metadata("axes")
-    variable.set_metadata("axes", tuple(axes[i] for i in order))
-    variable.set_value(jnp.transpose(variable[...], order))
+def _swap(variable: nnx.Variable[Array]) -> None:
+    """Exchange the last two dimensions of a variable, and their names."""
+    *stack, rows, columns = variable.get_metadata("axes")
+    variable.set_metadata("axes", (*stack, columns, rows))
+    variable.set_value(jnp.swapaxes(variable[...], -1, -2))
 
 
 def variable_axes(variable: nnx.Variable[Any]) -> tuple[str, ...]:
@@ -163,18 +173,21 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(tuple(out.values()), dtype), axes=tuple(out))
         self.has_bias = bias
+        self.inner = tuple(out.values())[1:]
+        self.latent = out.get("latent")
         self.inputs_first = False
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Contract the last dimensions of x with the weight's inputs, and add the bias."""
-        weight = use(self.weight, x.dtype, scale_of(self, "weight"))
         n = len(self.into)
-        outputs = weight.shape[n:] if self.inputs_first else weight.shape[:-n]
-        # Flat: what is so already, heads after heads, need not be laid out anew to be multiplied.
-        flat = x.reshape(*x.shape[: x.ndim - n], -1)
-        weight = weight.reshape(-1, *outputs) if self.inputs_first else weight.reshape(*outputs, -1)
-        axis = 0 if self.inputs_first else weight.ndim - 1
-        y = jax.lax.dot_general(flat, weight, (((flat.ndim - 1,), (axis,)), ((), ())))
+        if self.inputs_first:
+            y = self._by_matrix(x.reshape(*x.shape[:-n], -1))
+        else:
+            weight = use(self.weight, x.dtype, scale_of(self, "weight"))
+            # Flat: heads that lie one after the other already are not laid out anew.
+            x, weight = (a.reshape(*a.shape[:-n], -1) for a in (x, weight))
+            y = jnp.einsum("...i,oi->...o", x, weight.reshape(-1, x.shape[-1]))
+            y = y.reshape(*y.shape[:-1], *weight.shape[:-1])
         y = summed(y, *self.into)
         if (adapter := adapter_of(self)) is not None:
             y += adapter(x)
@@ -189,10 +202,40 @@ class Linear(nnx.Module):
         adapter = adapter_of(self)
         return weight if adapter is None else weight + adapter.product(dtype)
 
+    def _by_matrix(self, x: Float[Array, "*T I"]) -> Float[Array, "..."]:
+        """x times a weight whose inputs are first; in FP8, if a device's part is whole blocks."""
+        scale = scale_of(self, "weight")
+        names = variable_axes(self.weight)
+        whole = gathered(self.weight[...], names, E4M3) if scale is not None else None
+        blocks = whole is not None and all(
+            size % BLOCK == 0 or not is_split(name)
+            for name, size in zip(names, whole.shape, strict=True)
+        )
+        if whole is not None and scale is not None and blocks:
+            first = [first_place(n, s) // BLOCK for n, s in zip(names, whole.shape, strict=True)]
+            flat = x.reshape(-1, x.shape[-1])
+            y = block_scaled_matmul(flat, whole, scale[...], (first[0], first[1]))
+        else:
+            y = x @ use(self.weight, x.dtype, scale)
+        y = y[..., : self.latent] if self.latent else y
+        return y.reshape(*x.shape[:-1], -1, *self.inner)
+
     def put_inputs_first(self) -> None:
-        """Turn the weight to [*into, *out], which few rows at a time are multiplied faster by."""
+        """Turn the weight to a matrix [I, O], which few rows at a time are multiplied faster by.
+
+        Several dimensions of inputs or outputs become one, named as the first of them. Outputs in
+        FP8 that no mesh splits get columns of zeros till their last block is whole, since a TPU's
+        compiler turns a matrix whose columns end within one, and turns it back at every step.
+        """
         outputs = len(self.weight.shape) - len(self.into)
-        put_columns_first(self, "weight", (outputs, len(self.into)))
+        axes, shape = self.weight.get_metadata("axes"), self.weight.shape
+        rows, columns = math.prod(shape[:outputs]), math.prod(shape[outputs:])
+        weight = self.weight[...].reshape(rows, columns)
+        if scale_of(self, "weight") is not None and axes[0] == "latent":
+            weight = jnp.pad(weight, ((0, -rows % BLOCK), (0, 0)))
+        self.weight.set_value(weight)
+        self.weight.set_metadata("axes", (axes[0], axes[outputs]))
+        put_columns_first(self, "weight")
         self.inputs_first = True
 
 

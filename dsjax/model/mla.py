@@ -23,7 +23,12 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import DeepSeekConfig
 from dsjax.kernels.mla_attention import Attending, mla_attention
-from dsjax.kernels.paged_attention import Places, paged_attention, write_pages
+from dsjax.kernels.paged_attention import (
+    Places,
+    latent_attention,
+    paged_attention,
+    write_pages,
+)
 from dsjax.kernels.ring_attention import ring_attention
 from dsjax.kernels.rotary import rotate_flat
 from dsjax.model.layers import Linear, RMSNorm, use
@@ -129,20 +134,14 @@ class MLA(nnx.Module):
             q = jnp.concatenate([q_nope, q_rope], axis=-1)
 
             def expand(latent: Array) -> tuple[Array, Array]:
-                c_kv, k_rope = jnp.split(latent, [c.kv_lora_rank], axis=-1)
+                c_kv, k_rope, _ = jnp.split(latent, [c.kv_lora_rank, c.cache_width], axis=-1)
                 k_nope = jnp.einsum("btr,hnr->bthn", c_kv, w_k)
                 return _with_shared(k_nope, k_rope), jnp.einsum("btr,hvr->bthv", c_kv, w_v)
 
-            heads = paged_attention(
-                q, pages, places, expand, c.num_attention_heads, c.v_head_dim, scale
-            )
+            heads = paged_attention(q, pages, places, expand, len(w_k), c.v_head_dim, scale)
         else:
             q = jnp.concatenate([jnp.einsum("bqhn,hnr->bqhr", q_nope, w_k), q_rope], axis=-1)
-
-            def share(latent: Array) -> tuple[Array, Array]:
-                return latent[:, :, None], latent[:, :, None, : c.kv_lora_rank]
-
-            mixed = paged_attention(q, pages, places, share, 1, c.kv_lora_rank, scale)
+            mixed = latent_attention(q, pages, places, c.kv_lora_rank, scale)
             heads = jnp.einsum("bqhr,hvr->bqhv", mixed, w_v)
         return self.out(heads), pages
 

@@ -20,8 +20,23 @@ from dsjax.kernels.experts import routed_experts
 from dsjax.kernels.experts_inference import apply_experts
 from dsjax.kernels.experts_parallel import routed_experts_over
 from dsjax.kernels.swiglu import SwiGLU
-from dsjax.model.layers import MLP, RouterBias, parameter, put_columns_first, scale_of, use
-from sharding.by_hand import summed, travel_axis
+from dsjax.model.layers import (
+    MLP,
+    RouterBias,
+    parameter,
+    put_columns_first,
+    scale_of,
+    use,
+    variable_axes,
+)
+from sharding.by_hand import (
+    first_place,
+    gathered,
+    of_all_owners,
+    summed,
+    summed_by_owner,
+    travel_axis,
+)
 from sharding.rules import constrain
 
 
@@ -127,8 +142,8 @@ class Experts(nnx.Module):
         )
         keys = jax.random.split(key, 3)
         std = config.initializer_range
-        wide = "expert", "expert_mlp", "expert_input"
-        narrow = "expert", "expert_embed", "mlp"
+        wide = "expert", "expert_mlp_rows", "expert_input"
+        narrow = "expert", "expert_embed", "expert_mlp"
         self.gate = parameter(keys[0], (experts, width, embed), wide, std, dtype)
         self.up = parameter(keys[1], (experts, width, embed), wide, std, dtype)
         self.down = parameter(keys[2], (experts, embed, width), narrow, std, dtype)
@@ -137,22 +152,43 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
         """sum_k gate_k * expert_k(x) for every token."""
+        if self.inputs_first:
+            return self._for_few(x, routing)
         held = self.gate, self.up, self.down
         scales = [scale_of(self, name) for name in SwiGLU._fields]
-        blocks = [scale[...] for scale in scales if scale is not None]
-        if self.inputs_first and len(blocks) == len(held):
-            # As they are: `use` would widen all experts at every step, and not the chosen ones.
-            weights, blocks = SwiGLU(*(weight[...] for weight in held)), SwiGLU(*blocks)
-            return apply_experts(x, weights, routing.experts, routing.gates, blocks)
         weights = SwiGLU(*(use(w, x.dtype, s) for w, s in zip(held, scales, strict=True)))
         y: Array
         if (axis := travel_axis("expert")) is not None:
             reach = devices_in_reach(*self.groups, jax.lax.axis_size(axis))
             y = routed_experts_over(axis, reach, x, weights, routing.experts, routing.gates)
         else:
-            apply = apply_experts if self.inputs_first else routed_experts
-            y = apply(x, weights, routing.experts, routing.gates)
-        return summed(y, "mlp")
+            y = routed_experts(x, weights, routing.experts, routing.gates)
+        return summed(y, "expert_mlp")
+
+    def _for_few(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
+        """The same for decoding: by hand, each device sees all tokens, and has experts of its own.
+
+        What is in FP8 stays so: `use` would widen all experts at every step, and not the chosen
+        ones.
+        """
+        weights, blocks = [], []
+        for name in SwiGLU._fields:
+            weight, scale = getattr(self, name), scale_of(self, name)
+            dtype = x.dtype if scale is None else weight.dtype
+            weights.append(gathered(weight[...], variable_axes(weight), dtype))
+            blocks += [] if scale is None else [scale[...]]
+        first = first_place("expert", len(weights[0]))
+        gates = jax.lax.bitcast_convert_type(routing.gates, jnp.int32)
+        told = of_all_owners(jnp.concatenate([routing.experts, gates], axis=1), "expert")
+        experts, gates = jnp.split(told, 2, axis=1)
+        y = apply_experts(
+            of_all_owners(x, "expert"),
+            SwiGLU(*weights),
+            experts - first,
+            jax.lax.bitcast_convert_type(gates, jnp.float32),
+            SwiGLU(*blocks) if blocks else None,
+        )
+        return summed_by_owner(y, "expert")
 
     def put_inputs_first(self) -> None:
         """Turn every matrix to [E, into, out], which few rows at a time are multiplied faster by.

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import ModelConfig
-from dsjax.kernels import attention
+from dsjax.kernels import attention, experts_parallel
 from dsjax.model.block import Block, make_stack
 from dsjax.model.layers import Embedding, Linear, RMSNorm, use
 from dsjax.model.moe import ExpertStats, expert_stats
@@ -195,13 +195,16 @@ def rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., A
     if remat == "keep_all" and not is_gathering():
         return function
     ready_made = jax.checkpoint_policies
+    only = ready_made.save_only_these_names
     policies = {
         "keep_all": _all_but_gathered_weights,
-        "keep_matmuls": ready_made.dots_with_no_batch_dims_saveable,
-        "keep_attention": ready_made.save_only_these_names(_LAYER_INPUT, attention.KEPT),
-        "keep_layer_inputs": ready_made.nothing_saveable,
+        "keep_matmuls": ready_made.save_from_both_policies(
+            ready_made.dots_with_no_batch_dims_saveable, only(experts_parallel.KEPT)
+        ),
+        "keep_attention": only(_LAYER_INPUT, attention.KEPT, experts_parallel.KEPT),
+        "keep_layer_inputs": only(_LAYER_INPUT, experts_parallel.KEPT),
         "keep_layer_inputs_on_host": ready_made.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
+            names_which_can_be_saved=[experts_parallel.KEPT],
             names_which_can_be_offloaded=[_LAYER_INPUT],
             offload_src="device",
             offload_dst="pinned_host",

@@ -67,6 +67,7 @@ def dequantize_blocks(
     scales: Float32[Array, "*stack _ _"],
     dtype: Any = jnp.float32,
     merged: tuple[int, int] = (1, 1),
+    first: tuple[Any, Any] | None = None,
 ) -> Float[Array, "..."]:
     """Weights again: multiplied in float32, then rounded to `dtype`.
 
@@ -75,10 +76,11 @@ def dequantize_blocks(
         scales: of blocks of all rows by all columns, each taken as one dimension.
         dtype: what the products are rounded to.
         merged: how many of the values' last dimensions are rows, and how many columns.
+        first: the first row and column of the values, which are a part of what has these scales.
     """
-    first, split = values.ndim - sum(merged), values.ndim - merged[1]
-    sides = math.prod(values.shape[first:split]), math.prod(values.shape[split:])
-    spread = _spread(scales, (*values.shape[:first], *sides), BLOCK_AXES)
+    begin, split = values.ndim - sum(merged), values.ndim - merged[1]
+    sides = math.prod(values.shape[begin:split]), math.prod(values.shape[split:])
+    spread = _spread(scales, (*values.shape[:begin], *sides), BLOCK_AXES, first)
     return _round(values.astype(jnp.float32) * spread.reshape(values.shape), dtype)
 
 
@@ -116,9 +118,12 @@ def _largest(x: Int[Array, "..."], axis: int) -> Int[Array, "..."]:
 
 
 def _spread(
-    scales: Float32[Array, "..."], shape: tuple[int, ...], axes: tuple[int, ...]
+    scales: Float32[Array, "..."],
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    first: tuple[Any, ...] | None = None,
 ) -> Float32[Array, "..."]:
-    """Each scale wherever it applies: the shape of the values.
+    """Each scale wherever it applies: the shape of the values, whose places `first` may say.
 
     The values are left as they lie on a mesh, and the scales, of which every device has all, are
     looked up: each device finds its own. Repeated and cut to size, devices would exchange them
@@ -127,13 +132,14 @@ def _spread(
     expected = list(shape)
     for axis in axes:
         expected[axis] = -(-shape[axis] // BLOCK)
-    if list(scales.shape) != expected:
+    if first is None and list(scales.shape) != expected:
         raise ValueError(
             f"values of shape {list(shape)} need scales of shape {expected}, "
             f"found {list(scales.shape)}"
         )
-    for axis in axes:
-        scales = jnp.take(scales, jnp.arange(shape[axis]) // BLOCK, axis, mode="clip")
+    for axis, begin in zip(axes, first or (0,) * len(axes), strict=True):
+        places = begin + jnp.arange(shape[axis])
+        scales = jnp.take(scales, places // BLOCK, axis, mode="clip")
     return scales
 
 

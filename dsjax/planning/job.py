@@ -23,6 +23,8 @@ class Job:
         useful: model FLOPs of one token.
         remedy: what would help if it does not fit, for a device of so many bytes.
         details: what else is worth saying of it, as JSON.
+        read: bytes on a device that a step cannot do without: weights but the embedding, of which
+            it looks up a few rows, and the cache; None where other things set the limit.
     """
 
     lowered: jax.stages.Lowered
@@ -34,3 +36,4 @@ class Job:
     useful: float
     remedy: Callable[[float], str]
     details: dict[str, Any]
+    read: float | None = None

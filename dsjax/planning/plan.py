@@ -18,6 +18,10 @@ LARGE = 0.01
 """Share of a step, or of a device's memory, from which something is worth a warning."""
 
 
+ACCEPTED = 0.85, 0.9
+"""Of the tokens that MTP drafts first; DeepSeek-V3 (arXiv:2412.19437) section 5.4.3."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is known of a step; `report` shows it.
@@ -31,6 +35,7 @@ class Plan:
         account: of one step; None when it does not fit.
         useful: model FLOPs of one token, in the paper's count.
         details: of the job.
+        read: of the job.
         warnings: what is probably not meant, and what would make it fit.
     """
 
@@ -44,6 +49,7 @@ class Plan:
     account: Account | None
     useful: float
     details: dict[str, Any]
+    read: float | None
     warnings: list[str]
     versions: dict[str, str]
     compile_seconds: float
@@ -73,10 +79,17 @@ class Plan:
     @property
     def memory_seconds(self) -> float | None:
         """How long HBM takes to read weights and cache once: no decoding is faster."""
-        if "cache" not in self.memory:
+        return self.read and self.read / (self.chip.hbm / self.chip.devices)
+
+    @property
+    def sequence_rates(self) -> list[float] | None:
+        """Tokens a second of a sequence that is decoded; a range where MTP drafts, of its first
+        draft alone.
+        """
+        if self.account is None or self.details.get("step") != "decode":
             return None
-        read = self.memory["weights"] + self.memory["cache"]
-        return read / (self.chip.hbm / self.chip.devices)
+        accepted = ACCEPTED if self.details["drafts"] else (0.0,)
+        return [(1 + share) / self.account.seconds for share in accepted]
 
 
 def make_plan(job_on: Callable[[Sequence[Any]], Job], topology: str, cache: Path) -> Plan:
@@ -119,6 +132,7 @@ def make_plan(job_on: Callable[[Sequence[Any]], Job], topology: str, cache: Path
         account=counted,
         useful=job.useful,
         details=job.details,
+        read=job.read,
         warnings=warnings,
         versions=found,
         compile_seconds=compiled.seconds,

@@ -10,7 +10,7 @@ from rich.markup import escape
 from dsjax.checkpoint.tables import human, table
 from dsjax.planning.account import Account
 from dsjax.planning.costs import KINDS
-from dsjax.planning.plan import Plan
+from dsjax.planning.plan import ACCEPTED, Plan
 
 
 def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
             "chip_hours": hours,
             "dollars": hours and price and hours * price,
             "memory_seconds": plan.memory_seconds,
+            "tokens_per_second_of_a_sequence": plan.sequence_rates,
         },
         "warnings": plan.warnings,
         "compile_seconds": plan.compile_seconds,
@@ -74,8 +75,14 @@ def _sums(plan: Plan, price: float | None) -> list[str]:
         cost = f", {hours * price:,.0f} dollars" if price else ""
         lines.append(f"{plan.details['run_tokens']:,} tokens take {hours:,.0f} chip-hours{cost}")
     if plan.account and plan.memory_seconds and plan.details["step"] == "decode":
-        steps, share = 1 / plan.account.seconds, plan.memory_seconds / plan.account.seconds
-        lines.append(f"{steps:,.1f} steps a second; reading weights and cache takes {share:.0%}")
+        share = plan.memory_seconds / plan.account.seconds
+        rates = " to ".join(f"{rate:,.1f}" for rate in plan.sequence_rates or [])
+        drafted = len(plan.sequence_rates or []) > 1
+        lines.append(
+            f"{rates} tokens a second of a sequence"
+            + (f", {ACCEPTED[0]:.0%} to {ACCEPTED[1]:.0%} of drafts accepted" if drafted else "")
+            + f"; reading weights and cache takes {share:.0%} of the step"
+        )
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -62,20 +62,16 @@ def serving_job(config: ModelConfig, serving: Serving, devices: Sequence[Any]) -
     if serving.drafts and not getattr(config, "num_nextn_predict_layers", 0):
         raise UserError(f"--drafts {serving.drafts}: the model has no MTP layer; expected 0")
     layout = Layout(make_mesh(serving.mesh or {"expert": len(devices)}, devices), DECODE_RULES)
-    model = _abstract_model(config, serving.dtype, layout)
+    model = _abstract_model(config, serving.dtype)
+    decoder = jax.eval_shape(take_apart, model)
+    if not serving.drafts:
+        decoder = replace(decoder, mtp=None)
+    decoder = abstract_on(decoder, tree_shardings(decoder, layout))
     with use_layout(layout):
-        making = take_apart.lower(model)
-        places = _places(making)
-        if places is None:
-            lasting, lowered = {"weights": held_bytes(model)}, making
-            remedy = partial(_remedy_of_loading, lasting)
-        else:
-            decoder = abstract_on(jax.eval_shape(take_apart, model), places)
-            pages, sampler = _room(config, serving, layout)
-            lasting = {"weights": held_bytes(decoder), "cache": held_bytes(pages),
-                       "sampler": held_bytes(sampler)}  # fmt: skip
-            lowered = _lower(serving, layout, decoder, pages, sampler)
-            remedy = partial(_remedy, lasting)
+        pages, sampler = _room(config, serving, layout)
+        lowered = _lower(serving, layout, decoder, pages, sampler)
+    lasting = {"weights": held_bytes(decoder), "cache": held_bytes(pages),
+               "sampler": held_bytes(sampler)}  # fmt: skip
     reads = serving.step == "prefill"
     rows = layout.ways("batch") * math.ceil(serving.rows / layout.ways("batch"))
     return Job(
@@ -83,10 +79,11 @@ def serving_job(config: ModelConfig, serving: Serving, devices: Sequence[Any]) -
         layout=layout,
         lasting=lasting,
         passing={},
-        whole=replicated(model),
+        whole=replicated(decoder),
+        read=lasting["weights"] - held_bytes(decoder.embed) + lasting["cache"],
         tokens=layout.ways("batch") * READ_AT_ONCE if reads else rows,
         useful=flops_per_token(model, config, serving.context * (1 if reads else 2)) / 3,
-        remedy=remedy,
+        remedy=partial(_remedy, lasting),
         details={"step": serving.step, "rows": rows, "context": serving.context,
                  "drafts": serving.drafts, "dtype": serving.dtype},
     )  # fmt: skip
@@ -115,25 +112,15 @@ def _lower(
     return jax.jit(run, donate_argnums=(1, 2)).lower(decoder, pages, sampler, *inputs)
 
 
-def _abstract_model(config: ModelConfig, dtype: str, layout: Layout) -> Transformer:
-    """A model as it is loaded, its weights placed."""
+def _abstract_model(config: ModelConfig, dtype: str) -> Transformer:
+    """A model as it is loaded."""
     model = jax.eval_shape(
         lambda key: Transformer(config, key, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16),
         jax.random.key(0),
     )
     if dtype == "fp8":
         hold_in_fp8(model, sorted({t.path for t in tensors(config) if t.path and t.scale}))
-    return abstract_on(model, tree_shardings(model, layout))
-
-
-def _places(making: jax.stages.Lowered) -> Any:
-    """Where the compiler leaves a decoder's weights; None where making it does not fit."""
-    try:
-        return making.compile().output_shardings
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return None
-        raise
+    return model
 
 
 def _inputs(layout: Layout, batch: int, queries: int, width: int) -> tuple[StepInputs, Any]:
@@ -158,11 +145,3 @@ def _remedy(lasting: dict[str, float], capacity: float) -> str:
             "a larger slice would help, or --dtype fp8"
         )
     return "fewer --rows would help, or a shorter --context"
-
-
-def _remedy_of_loading(lasting: dict[str, float], capacity: float) -> str:
-    return (
-        f"decoding reads a copy of the weights, {lasting['weights'] / 1e9:.1f} GB as they are "
-        f"loaded, and making it takes more than {capacity / 1e9:.1f} GB: split more of them, "
-        "with --mesh tensor=N or fsdp=N beside expert"
-    )

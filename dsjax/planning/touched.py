@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dsjax.planning.hlo import Instruction, Program, hbm_bytes
+from dsjax.planning.hlo import Instruction, Program, array_bytes, arrays, hbm_bytes
 
 _TAKE = frozenset(("dynamic-slice", "gather", "slice"))
-_PUT = "dynamic-update-slice"
+_PUT = {"dynamic-update-slice": 1, "scatter": 2}
+"""What puts a part into its first operand, in place; and which operand the part is."""
 
 
 def touched_bytes(program: Program, instruction: Instruction, shapes: Sequence[str]) -> float:
@@ -18,10 +19,13 @@ def touched_bytes(program: Program, instruction: Instruction, shapes: Sequence[s
     """
     if instruction.opcode in _TAKE:
         return 2 * hbm_bytes(instruction.shape)
-    if instruction.opcode == _PUT:
-        return 2 * hbm_bytes(shapes[1])
+    if instruction.opcode in _PUT:
+        return 2 * hbm_bytes(shapes[_PUT[instruction.opcode]])
     if instruction.opcode == "copy-start":  # its shape names what it reads beside what it writes
         return hbm_bytes(instruction.shape)
+    if instruction.opcode == "slice-start":  # likewise, and it reads the part that it writes
+        _, written = instruction.shape.split("}), ", 1)
+        return array_bytes(arrays(written)[0]) + hbm_bytes(written)
     if instruction.opcode != "fusion":
         return hbm_bytes(instruction.shape) + sum(map(hbm_bytes, shapes))
     inside = program.computations[instruction.called[0]]
@@ -39,7 +43,7 @@ def _read(parameter: Instruction, inside: Mapping[str, Instruction], shape: str)
             return hbm_bytes(shape)
         if user.opcode in _TAKE:
             parts += hbm_bytes(user.shape)
-        elif user.opcode != _PUT:
+        elif user.opcode not in _PUT:
             return hbm_bytes(shape)
     return min(parts, hbm_bytes(shape))
 
@@ -51,6 +55,7 @@ def _written(fusion: Instruction, inside: Mapping[str, Instruction]) -> float:
     for found in [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]:
         while found.opcode == "bitcast":
             found = inside[found.operands[0]]
-        if found.opcode == _PUT:
-            written += 2 * hbm_bytes(inside[found.operands[1]].shape) - hbm_bytes(found.shape)
+        if found.opcode in _PUT:
+            part = inside[found.operands[_PUT[found.opcode]]]
+            written += 2 * hbm_bytes(part.shape) - hbm_bytes(found.shape)
     return max(written, 0)

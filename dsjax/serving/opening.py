@@ -11,15 +11,14 @@ import jax.numpy as jnp
 from rich.filesize import decimal
 
 from dsjax.architecture import ModelConfig
-from dsjax.checkpoint.load import load
+from dsjax.checkpoint.load import load_decoder
 from dsjax.checkpoint.source import read_folder_config
 from dsjax.data.language import check_vocabulary
 from dsjax.errors import UserError
 from dsjax.inference.engine import Engine
 from dsjax.inference.settings import EngineSettings
-from dsjax.model.decoder import cache_shape
+from dsjax.model.decoder import Decoder, cache_shape
 from dsjax.model.layers import count_parameters
-from dsjax.model.transformer import Transformer
 from dsjax.serving.options import ModelOptions
 from dsjax.serving.protocol import Served, load_served
 from sharding.mesh import make_mesh
@@ -48,12 +47,11 @@ def open_model(options: ModelOptions) -> tuple[Engine, Served]:
     )
     check_vocabulary(served.tokenizer, config.vocab_size, options.checkpoint)
     print(f"loading {options.checkpoint}", file=sys.stderr)
-    model = load(options.checkpoint, options.dtype, mesh)
+    model = load_decoder(options.checkpoint, options.dtype, mesh)
     size = token_bytes(model.config, jnp.dtype(model.dtype).itemsize, options.drafts)
     tokens = _cache_tokens(options.memory, size, settings, groups)
     settings = dataclasses.replace(settings, cache_tokens=tokens)
     print(_describe(model, settings, size), file=sys.stderr)
-    # The engine has a copy; the weights that were loaded are freed when this function is left.
     return Engine(model, settings, vocab_size=served.tokenizer.vocab_size), served
 
 
@@ -78,10 +76,12 @@ def _cache_tokens(memory: int | None, size: int, settings: EngineSettings, group
     return memory // size
 
 
-def _describe(model: Transformer, settings: EngineSettings, size: int) -> str:
+def _describe(model: Decoder, settings: EngineSettings, size: int) -> str:
     """What there is now, in one line."""
     weights = jax.tree.leaves(model)
     count = count_parameters(model)
+    if model.config.tie_word_embeddings:
+        count -= model.head[...].size  # A copy of the embedding.
     held = sum(array.nbytes for array in weights)
     tokens = settings.cache_tokens or 0
     return (

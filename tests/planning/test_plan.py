@@ -16,7 +16,13 @@ import pytest
 from rich.console import Console
 
 from dsjax.cli import main
-from dsjax.config_files import load_pretrain_config
+from dsjax.cli_plan import _read_job
+from dsjax.config_files import (
+    CONFIGS,
+    load_model_config,
+    load_pretrain_config,
+    load_serving_config,
+)
 from dsjax.errors import UserError
 from dsjax.planning import compile as compiling
 from dsjax.planning.account import Account, account
@@ -51,6 +57,7 @@ PLAN = Plan(
     account=STEP,
     useful=250e9,
     details={"step": "train", "run_tokens": 3_600_000_000},
+    read=None,
     warnings=["a large copy: [one] of them"],
     versions={"jax": "1", "jaxlib": "1", "libtpu": "1"},
     compile_seconds=1.0,
@@ -69,6 +76,19 @@ def test_the_keys_that_programs_rely_on():
     assert found["run"]["chip_hours"] == pytest.approx(1000)
     assert found["run"]["dollars"] == pytest.approx(2000)
     assert found["account"][GATHERS]["waited_seconds"] == 2
+
+
+def test_a_sequence_gets_as_many_tokens_as_drafts_are_accepted():
+    serving = {"step": "decode", "drafts": 0}
+    plain = replace(PLAN, details=serving, read=2765e9)
+    assert plain.sequence_rates == [0.1]
+    drafting = replace(plain, details=serving | {"drafts": 1})
+    assert drafting.sequence_rates == pytest.approx([0.185, 0.19])
+    assert plain.memory_seconds == 1  # of the step's ten
+    console = Console(record=True, width=150, file=StringIO())
+    print_plan(console, drafting, price=None)
+    assert "85% to 90% of drafts accepted; reading" in console.export_text()
+    assert PLAN.sequence_rates is None
 
 
 def test_a_plan_that_does_not_fit_says_so_and_knows_no_time():
@@ -206,6 +226,7 @@ def test_without_the_compiler_one_line_says_what_to_install(monkeypatch: pytest.
         (["--topology", "v5e:2x2", "--nope", "a=1"], "unrecognized arguments: --nope"),
         (["--topology", "v5e:2x2", "nope"], "unrecognized arguments: nope"),
         ([], "--topology"),
+        (["--topology", "v5e:2x2", "--rows", "8"], "--rows 8 is for a model"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(
@@ -219,3 +240,16 @@ def test_nonsense_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert left.value.code == 2
     assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("serving/*.yaml")), ids=lambda path: path.stem)
+def test_a_step_of_the_engine_can_stand_in_a_file(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dsjax.cli_plan.describe_host", lambda topology: None)
+    name = f"serving/{path.stem}"
+    made: Any = _read_job(name, ["drafts=1", "step=prefill"], "v5e:8x8", "train", {"rows": None})
+    model, serving = made.args
+    assert model == load_model_config("r1")
+    assert (serving.step, serving.drafts, serving.dtype) == ("prefill", 1, "fp8")
+    with pytest.raises(UserError, match="nearest valid key is 'rows'"):
+        load_serving_config(name, ["row=4"])
+    assert load_serving_config("cpu-tiny") is None

@@ -6,6 +6,7 @@ from dsjax.planning.touched import touched_bytes
 from tests.planning.programs import program
 
 LARGE, PART, INDEX = "f32[1024,128]{1,0}", "f32[8,128]{1,0}", "s32[]"
+NEAR = "f32[8,128]{1,0:S(1)}"
 BYTES = {LARGE: 1024 * 128 * 4, PART: 8 * 128 * 4, INDEX: 4}
 
 GATHERED = f"""
@@ -22,6 +23,14 @@ PUT = f"""
   %i = {INDEX} parameter(2)
   %twice = {PART} add(%b, %b)
   ROOT %put = {LARGE} dynamic-update-slice(%a, %twice, %i, %i)
+}}
+"""
+SCATTERED = f"""
+%inside (a: {LARGE}, i: s32[8], b: {PART}) -> {LARGE} {{
+  %a = {LARGE} parameter(0)
+  %i = s32[8]{{0}} parameter(1)
+  %b = {PART} parameter(2)
+  ROOT %put = {LARGE} scatter(%a, %i, %b), to_apply=%take_new
 }}
 """
 USED_TWICE = f"""
@@ -57,6 +66,18 @@ USED_TWICE = f"""
             f"{LARGE} fusion(%a0, %a1, %a2), kind=kLoop, calls=%inside",
             [LARGE, PART, INDEX],
             3 * BYTES[PART] + BYTES[INDEX],
+        ),
+        (
+            SCATTERED,
+            f"{LARGE} fusion(%a0, %a1, %a2), kind=kCustom, calls=%inside",
+            [LARGE, "s32[8]{0}", PART],
+            3 * BYTES[PART] + 8 * 4,
+        ),
+        (
+            "",
+            f"(({LARGE}), {NEAR}, {INDEX}{{:S(2)}}) slice-start(%a0), slice={{[0:8]}}",
+            [LARGE],
+            BYTES[PART],
         ),
         (
             USED_TWICE,
