@@ -11,6 +11,7 @@ from typing import Any
 
 from dsjax.errors import UserError
 from dsjax.serving.options import mesh_sizes
+from sharding.flags import set_flags
 
 DESCRIPTION = """\
 What a model needs on TPUs that are not there: its step is compiled by the compiler that would be
@@ -149,3 +150,4 @@ def describe_host(topology: str) -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{chip}-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    set_flags(chip)

@@ -21,6 +21,7 @@ from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
 from dsjax.config import DistributedConfig
 from dsjax.errors import UserError
+from sharding.flags import set_flags
 from sharding.watch import on_abort
 
 
@@ -38,9 +39,12 @@ class Place(NamedTuple):
 def start(settings: DistributedConfig) -> None:
     """Start `jax.distributed`, before anything has asked jax for a device; at most once.
 
+    XLA is told what helps on the accelerator that GKE names, or whoever sets TPU_ACCELERATOR_TYPE.
+
     Raises:
         UserError: settings contradict each other, are incomplete, or cannot be used.
     """
+    set_flags(os.environ.get("TPU_ACCELERATOR_TYPE", ""))
     if jax.distributed.is_initialized():
         return
     place = find_place(settings)

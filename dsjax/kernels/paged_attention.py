@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.kernels import paged_attention_tpu as tpu
 from dsjax.kernels.attention import MASKED
 from dsjax.kernels.tpu_core import alone
-from dsjax.kernels.turns import usual_turns
+from dsjax.kernels.usual import usual_turns
 
 KEYS_AT_ONCE = 256
 """Keys of one turn of the loop over a row's context."""

@@ -1,0 +1,51 @@
+"""What XLA is told of TPUs, by generation, where it helps a step whose collectives are written.
+
+`dsjax plan` compiles with the same. Whoever sets a flag in LIBTPU_INIT_ARGS is obeyed.
+"""
+
+from __future__ import annotations
+
+import os
+
+_ON_SPARSE_CORES = {
+    # Weights are gathered, and gradients scattered, by the sparse cores, beside the matrix units.
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    "xla_tpu_enable_all_gather_offload_tracing": "true",
+    "xla_tpu_enable_reduce_scatter_offload_tracing": "true",
+    "xla_tpu_enable_all_reduce_offload_tracing": "true",
+    # They want what they move in the layout of the other cores, and by one program for both.
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_enable_instruction_fusion": "false",
+    "xla_sc_disable_megacore_partitioning": "true",
+    # What a matmul would take along inside of its own loop cannot be handed over.
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
+}
+_TOKENS_BESIDE = {
+    # Tokens travel to their experts while the shared expert computes.
+    "xla_tpu_enable_async_ragged_all_to_all": "true",
+}
+FLAGS: dict[str, dict[str, str]] = {
+    "v5p": _TOKENS_BESIDE | _ON_SPARSE_CORES,
+    "tpu7x": _TOKENS_BESIDE
+    | _ON_SPARSE_CORES
+    | {
+        # bfloat16 is multiplied as it is, and not in two halves.
+        "xla_tpu_bf16_emission_mode": "NATIVE_EMISSION",
+    },
+}
+
+
+def set_flags(accelerator: str) -> None:
+    """Add those of a generation, such as v5p or v5p-1024, to the environment, before XLA is loaded.
+
+    None are known of other accelerators, and nothing is changed then.
+    """
+    known = FLAGS.get(accelerator.partition("-")[0], {})
+    asked = os.environ.get("LIBTPU_INIT_ARGS", "")
+    new = [f"--{flag}={value}" for flag, value in known.items() if f"{flag}=" not in asked]
+    if new:
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join([*new, asked]).rstrip()
