@@ -30,6 +30,11 @@ PLANS = [
     ["v3-671b-tpu7x-256", "--topology", "tpu7x:4x8x8", "training.batch_size=3072"],
     ["v2-lite-16b-v5e-16", "--topology", "v5e:4x4"],
     ["v2-lite-16b-v5e-32", "--topology", "v5e:4x8"],
+    ["serving/r1-v5e-64", "--topology", "v5e:8x8"],
+    ["serving/r1-v5e-64", "--topology", "v5e:8x8", "drafts=1"],
+    ["serving/r1-v5e-64", "--topology", "v5e:8x8", "step=prefill"],
+    ["serving/r1-tpu7x-16", "--topology", "tpu7x:2x2x4"],
+    ["serving/r1-tpu7x-16", "--topology", "tpu7x:2x2x4", "step=prefill"],
 ]
 
 HEAD = """\

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import os
 
-_ON_SPARSE_CORES = {
-    # Weights are gathered, and gradients scattered, by the sparse cores, beside the matrix units.
-    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+_SUMS_BESIDE = {
+    # Gradients are summed and scattered by the sparse cores, beside the matrix units.
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
-    "xla_tpu_enable_all_gather_offload_tracing": "true",
     "xla_tpu_enable_reduce_scatter_offload_tracing": "true",
     "xla_tpu_enable_all_reduce_offload_tracing": "true",
     # They want what they move in the layout of the other cores, and by one program for both.
@@ -20,19 +18,34 @@ _ON_SPARSE_CORES = {
     "xla_sc_enable_instruction_fusion": "false",
     "xla_sc_disable_megacore_partitioning": "true",
     # What a matmul would take along inside of its own loop cannot be handed over.
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
 }
+_WEIGHTS_BESIDE = {
+    # v5p's sparse cores do not gather: matmuls take gathers along inside of their own loops.
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+}
 _TOKENS_BESIDE = {
-    # Tokens travel to their experts while the shared expert computes.
+    # Tokens travel to their experts while others of the layer's products go on.
     "xla_tpu_enable_async_ragged_all_to_all": "true",
 }
 FLAGS: dict[str, dict[str, str]] = {
-    "v5p": _TOKENS_BESIDE | _ON_SPARSE_CORES,
-    "tpu7x": _TOKENS_BESIDE
-    | _ON_SPARSE_CORES
+    "v5p": _SUMS_BESIDE | _WEIGHTS_BESIDE | _TOKENS_BESIDE,
+    "tpu7x": _SUMS_BESIDE
+    | _TOKENS_BESIDE
     | {
+        # Its sparse cores gather, too.
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
+        "xla_tpu_enable_all_gather_offload_tracing": "true",
+        "xla_tpu_use_single_sparse_core_for_all_gather_offload": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
         # bfloat16 is multiplied as it is, and not in two halves.
         "xla_tpu_bf16_emission_mode": "NATIVE_EMISSION",
     },

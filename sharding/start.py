@@ -39,7 +39,7 @@ class Place(NamedTuple):
 def start(settings: DistributedConfig) -> None:
     """Start `jax.distributed`, before anything has asked jax for a device; at most once.
 
-    XLA is told what helps on the accelerator that GKE names, or whoever sets TPU_ACCELERATOR_TYPE.
+    XLA is told what helps on the accelerator that TPU_ACCELERATOR_TYPE names.
 
     Raises:
         UserError: settings contradict each other, are incomplete, or cannot be used.

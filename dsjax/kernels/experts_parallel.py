@@ -129,6 +129,8 @@ def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, S
             )
         back = send(d_rows.reshape(x_rows.shape), now.arrived, now.window.rows)
         d_pairs = exchange_whole(axis, d_pairs[now.visitors.row_of_pair])
+        # A few numbers go before the matrices' gradients, whose sum over devices fills the links.
+        d_weights, d_pairs = lax.optimization_barrier((d_weights, d_pairs))
         return (
             _plus(dx, sum_rows(_flat(back), journey.rows_of(index))),
             d_weights,

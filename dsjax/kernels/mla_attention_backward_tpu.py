@@ -159,10 +159,7 @@ def _backward(
     def _() -> None:
         q_nope_sum[at] = jnp.zeros((blocks.size, q_nope_sum.shape[1]), jnp.float32)
         q_rope_sum[at] = jnp.zeros((blocks.size, q_rope_sum.shape[1]), jnp.float32)
-        for head in range(heads.together):
-            value = columns(heads, head)[2]
-            products = out[:, value].astype(jnp.float32) * d_out[:, value].astype(jnp.float32)
-            inner[head : head + 1, at] = products.T.sum(0, keepdims=True)
+        _inner_products(heads, out, d_out, inner, at)
 
     @pl.when((step == 0) | (keys[jnp.maximum(step - 1, 0)] != key))
     def _() -> None:
@@ -195,3 +192,11 @@ def _backward(
         d_k_nope[...] = k_nope_sum[...].astype(d_k_nope.dtype)
         d_k_rope[...] = k_rope_sum[...]
         d_v[...] = v_sum[...].astype(d_v.dtype)
+
+
+def _inner_products(heads: Heads, out: Any, d_out: Any, inner: Any, at: Any) -> None:
+    """out_i . d_out_i of a block of queries: sum_j p_ij dp_ij of the softmax's gradient."""
+    for head in range(heads.together):
+        value = columns(heads, head)[2]
+        products = out[:, value].astype(jnp.float32) * d_out[:, value].astype(jnp.float32)
+        inner[head : head + 1, at] = products.T.sum(0, keepdims=True)

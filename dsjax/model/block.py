@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import DeepSeekConfig, ModelConfig
@@ -15,6 +16,9 @@ from dsjax.model.mla import MLA
 from dsjax.model.moe import MoE, Routing
 from dsjax.model.rope import RotaryTable
 from sharding.rules import constrain
+
+ATTENDED = "attended"
+"""The name of hidden states between attention and feed-forward, for who keeps them."""
 
 
 class Block(nnx.Module):
@@ -48,7 +52,7 @@ class Block(nnx.Module):
         `given` are experts that tokens go to, whatever the router prefers.
         """
         attended = self.attn.expanded(self.attn_norm(x), table, segment_ids)
-        return self._feed_forward(x + attended, given)
+        return self._feed_forward(checkpoint_name(x + attended, ATTENDED), given)
 
     def extend(
         self,

@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import ModelConfig
-from dsjax.kernels import attention, experts_parallel
-from dsjax.model.block import Block, make_stack
+from dsjax.kernels import experts_parallel
+from dsjax.model.block import ATTENDED, Block, make_stack
 from dsjax.model.layers import Embedding, Linear, RMSNorm, use
 from dsjax.model.moe import ExpertStats, expert_stats
 from dsjax.model.mtp import Ahead, make_mtp, reaches, shift
@@ -201,7 +201,7 @@ def rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., A
         "keep_matmuls": ready_made.save_from_both_policies(
             ready_made.dots_with_no_batch_dims_saveable, only(experts_parallel.KEPT)
         ),
-        "keep_attention": only(_LAYER_INPUT, attention.KEPT, experts_parallel.KEPT),
+        "keep_attention": only(_LAYER_INPUT, ATTENDED, experts_parallel.KEPT),
         "keep_layer_inputs": only(_LAYER_INPUT, experts_parallel.KEPT),
         "keep_layer_inputs_on_host": ready_made.save_and_offload_only_these_names(
             names_which_can_be_saved=[experts_parallel.KEPT],

@@ -14,7 +14,6 @@ from jax.experimental import topologies
 
 from dsjax.kernels import mla_attention_backward_tpu as backward_tpu
 from dsjax.kernels import mla_attention_blocks_tpu as blocks_tpu
-from dsjax.kernels.attention import KEPT
 from dsjax.kernels.mla_attention import Attending, mla_attention, mla_attention_reference
 from dsjax.kernels.mla_attention_blocks_tpu import Blocks, Heads
 from dsjax.kernels.mla_attention_forward_tpu import forward
@@ -96,22 +95,6 @@ def test_bfloat16_loses_no_more_than_its_inputs_do(backend):
     assert [x.dtype for x in got[1]] == [jnp.bfloat16] * 5
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert jnp.abs(mine.astype(jnp.float32) - theirs).max() <= 0.02 * jnp.abs(theirs).max()
-
-
-def test_what_is_kept_of_attention_is_not_computed_again():
-    """Under a policy that keeps its output, a layer's scores are made forward and backward."""
-    *apart, ids = attending(WIDE, 128, 1)
-
-    def forward_kernels(keep):
-        policy = jax.checkpoint_policies.save_only_these_names(*keep)
-
-        @partial(jax.checkpoint, policy=policy)
-        def layer(apart):
-            return mla_attention(Attending(*apart, ids), WIDE.count, 0.2).sum()
-
-        return len(re.findall(r"name=mla_attention\b", str(jax.make_jaxpr(jax.grad(layer))(apart))))
-
-    assert forward_kernels(["something else"]) == 2 * forward_kernels([KEPT])
 
 
 def test_blocks_that_no_query_sees_are_no_steps():
