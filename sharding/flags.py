@@ -20,21 +20,16 @@ _SUMS_BESIDE = {
     # What a matmul would take along inside of its own loop cannot be handed over.
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
-}
-_WEIGHTS_BESIDE = {
-    # v5p's sparse cores do not gather: matmuls take gathers along inside of their own loops.
-    "xla_enable_async_all_gather": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    # Instructions are put in order once more when it is known what is handed over: else each sum is
+    # waited for where it begins.
+    "xla_tpu_rerun_latency_hiding_scheduler_post_sc_assignment": "true",
 }
 _TOKENS_BESIDE = {
     # Tokens travel to their experts while others of the layer's products go on.
     "xla_tpu_enable_async_ragged_all_to_all": "true",
 }
 FLAGS: dict[str, dict[str, str]] = {
-    "v5p": _SUMS_BESIDE | _WEIGHTS_BESIDE | _TOKENS_BESIDE,
+    "v5p": _SUMS_BESIDE | _TOKENS_BESIDE,
     "tpu7x": _SUMS_BESIDE
     | _TOKENS_BESIDE
     | {

@@ -50,7 +50,13 @@ def on_one_device(model: Transformer, batch: tuple[jax.Array, jax.Array]) -> Any
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "remat",
-    ["keep_matmuls", "keep_attention", "keep_layer_inputs", "keep_layer_inputs_on_host"],
+    [
+        "keep_matmuls",
+        "keep_attention",
+        "keep_attention_on_host",
+        "keep_layer_inputs",
+        "keep_layer_inputs_on_host",
+    ],
 )
 def test_recomputation_leaves_the_gradients_as_they_are(
     model: Transformer, batch: tuple[jax.Array, jax.Array], on_one_device: Any, remat: Any
