@@ -187,7 +187,6 @@ class StepConfig(Section):
         "keep_all",
         "keep_matmuls",
         "keep_attention",
-        "keep_attention_on_host",
         "keep_layer_inputs",
         "keep_layer_inputs_on_host",
     ] = "keep_layer_inputs"

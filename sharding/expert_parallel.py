@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-SLACK = 1.25
+SLACK = 1.5
 """A window's room over the pairs that it would hold if tokens spread evenly."""
 
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.kernels.attention_blocks import (
@@ -75,10 +74,6 @@ def causal_attention(
     return out[:, :, : q.shape[1]].swapaxes(1, 2)
 
 
-KEPT = "attention"
-"""The name of what a layer that is computed again may find: output and log-sum-exp, no scores."""
-
-
 class Saved(NamedTuple):
     """What the backward pass needs, all [B, H, S, ...] but the ids."""
 
@@ -108,7 +103,6 @@ def forward(q: Array, k: Array, v: Array, ids: Array, scale: float) -> tuple[Arr
     out, log_sum = lax.map(query_block, jnp.arange(q.shape[2] // BLOCK))
     out = jnp.moveaxis(out, 0, 2).reshape(v.shape)
     log_sum = jnp.moveaxis(log_sum, 0, 2).reshape(q.shape[:3])
-    out, log_sum = checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
     return out, Saved(q, k, v, ids, out, log_sum)
 
 

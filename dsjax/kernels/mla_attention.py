@@ -18,7 +18,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dsjax.kernels import attention
@@ -60,7 +59,6 @@ def _forward(attending: Attending, heads: int, scale: float) -> tuple[Array, _Sa
         out, log_sum = lax.platform_dependent(attending, tpu=kernel, default=here)
     else:
         out, log_sum = here(attending)
-    out, log_sum = (checkpoint_name(x, attention.KEPT) for x in (out, log_sum))
     return out, _Saved(attending, out, log_sum)
 
 

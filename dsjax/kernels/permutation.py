@@ -125,5 +125,6 @@ def sort_visitors(
     choice = place - lax.cummax(jnp.where(opens, place, 0), axis=1)
     slot = jnp.where(experts < count, arrived * choices + choice, pairs.size * choices)
     row_of_choice = jnp.full(pairs.size * choices, token.size, row_of_pair.dtype)
-    row_of_choice = row_of_choice.at[slot].set(row_of_pair, mode="drop").reshape(-1, choices)
+    row_of_choice = row_of_choice.at[slot.ravel()].set(row_of_pair.ravel(), mode="drop")
+    row_of_choice = row_of_choice.reshape(-1, choices)
     return VisitorOrder(token, row_of_pair, order.sizes, pairs, row_of_choice), order.pair_of_row

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import ModelConfig
-from dsjax.kernels import attention, experts_parallel
+from dsjax.kernels import experts_parallel
 from dsjax.model.block import ATTENDED, Block, make_stack
 from dsjax.model.layers import Embedding, Linear, RMSNorm, use
 from dsjax.model.moe import ExpertStats, expert_stats
@@ -31,7 +31,6 @@ Remat = Literal[
     "keep_all",
     "keep_matmuls",
     "keep_attention",
-    "keep_attention_on_host",
     "keep_layer_inputs",
     "keep_layer_inputs_on_host",
 ]
@@ -201,25 +200,18 @@ def rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., A
         return function
     ready_made = jax.checkpoint_policies
     rounds = experts_parallel.KEPT
-    on_host = partial(
-        ready_made.save_and_offload_only_these_names,
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
     policies = {
         "keep_all": _all_but_gathered_weights,
         "keep_matmuls": ready_made.save_from_both_policies(
             ready_made.dots_with_no_batch_dims_saveable, ready_made.save_only_these_names(rounds)
         ),
         "keep_attention": ready_made.save_only_these_names(_LAYER_INPUT, ATTENDED, rounds),
-        "keep_attention_on_host": on_host(
-            names_which_can_be_saved=[ATTENDED, rounds],
-            names_which_can_be_offloaded=[attention.KEPT],
-        ),
         "keep_layer_inputs": ready_made.save_only_these_names(_LAYER_INPUT, rounds),
-        "keep_layer_inputs_on_host": on_host(
+        "keep_layer_inputs_on_host": ready_made.save_and_offload_only_these_names(
             names_which_can_be_saved=[rounds],
             names_which_can_be_offloaded=[_LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
         ),
     }
     return jax.checkpoint(function, policy=policies[remat])

@@ -53,7 +53,6 @@ def on_one_device(model: Transformer, batch: tuple[jax.Array, jax.Array]) -> Any
     [
         "keep_matmuls",
         "keep_attention",
-        "keep_attention_on_host",
         "keep_layer_inputs",
         "keep_layer_inputs_on_host",
     ],
