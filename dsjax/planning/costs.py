@@ -139,7 +139,8 @@ class Costs:
     def _kernel(self, call: Instruction, shapes: list[str]) -> Cost:
         work = kernels.work(call, shapes, self.chip)
         rate = self.chip.flops[work.numbers] / self.chip.devices * KERNEL_EFFICIENCY
-        counted = work.flops > 0 or all(dtype[0] in "su" for dtype, _ in arrays(call.shape))
+        whole_numbers = all(dtype[0] in "su" for dtype, _ in arrays(call.shape))
+        counted = work.told or work.flops > 0 or whole_numbers
         seconds = max(work.flops / rate, self._by_memory(work.nbytes))
         return Cost(work.kind, CORE, seconds, counted=counted)
 

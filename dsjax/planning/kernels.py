@@ -32,12 +32,14 @@ class Work:
     Attributes:
         numbers: what is multiplied, of `Chip.flops`: fp8 or int8 where the chip has a faster unit
             for it and both factors are of it.
+        told: the kernel says itself what it moves; without operations, it multiplies nothing then.
     """
 
     kind: str
     flops: float
     nbytes: float
     numbers: str = "bf16"
+    told: bool = False
 
 
 def is_kernel(instruction: Instruction) -> bool:
@@ -59,7 +61,7 @@ def work(call: Instruction, shapes: list[str], chip: Chip) -> Work:
         return Work(GROUPED, grouped, max(moved, least), numbers)
     kind = ATTENTION if re.search("attention|mha|mqa", call.name + call.attributes) else OTHER
     if moved:
-        return Work(kind, flops, moved, numbers)
+        return Work(kind, flops, moved, numbers, told=True)
     counted = _attention(call, inputs, results, chip) if kind == ATTENTION else 0
     return Work(kind, counted, least, numbers)
 

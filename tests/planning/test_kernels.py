@@ -86,8 +86,11 @@ def test_a_wider_matrix_unit_wastes_more_on_a_narrow_head():
 
 def test_a_cost_estimate_is_believed_only_with_bytes():
     said = ', backend_config={"cost_estimate":{"flops":"4000","bytes_accessed":"%d"}}'
-    assert call("own", "f32[4]{0}", ["f32[4]{0}"], said % 800) == Work(OTHER, 4000, 800)
+    assert call("own", "f32[4]{0}", ["f32[4]{0}"], said % 800) == Work(OTHER, 4000, 800, told=True)
     assert call("own", "f32[4]{0}", ["f32[4]{0}"], said % 0) == Work(OTHER, 0, 32)
+    # One that says it moves numbers, and no operations, multiplies nothing: that is no doubt.
+    moves = said.replace("4000", "0") % 800
+    assert call("own", "f32[4]{0}", ["f32[4]{0}"], moves).told
     hint = call("flash_attention", "bf16[2,16,1024,128]", QKV, said % 0)
     assert hint.flops == 2 * SCORES * (256 + 128) / 2
 
