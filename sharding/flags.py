@@ -30,8 +30,8 @@ _TOKENS_BESIDE = {
 }
 FLAGS: dict[str, dict[str, str]] = {
     "v5p": _SUMS_BESIDE | _TOKENS_BESIDE,
-    # Its sparse cores could take sums and gathers, but this compiler (libtpu 0.0.42.1) fails at V3's:
-    # their registers do not fit.
+    # Its sparse cores could take sums and gathers, but this compiler (libtpu 0.0.42.1) fails at
+    # those of V3: their registers do not fit.
     "tpu7x": _TOKENS_BESIDE
     | {
         # bfloat16 is multiplied as it is, and not in two halves.
