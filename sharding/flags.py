@@ -30,8 +30,8 @@ _TOKENS_BESIDE = {
 }
 FLAGS: dict[str, dict[str, str]] = {
     "v5p": _SUMS_BESIDE | _TOKENS_BESIDE,
-    # Its sparse cores could take sums and gathers, too. Nothing is said of them here: libtpu 0.0.42.1
-    # fails at V3's step on them with these flags and without (docs/pods.md).
+    # Its sparse cores could take sums and gathers, too. Nothing is said of them here: with these
+    # flags and without, libtpu 0.0.42.1 fails at what V3's step gives them (docs/pods.md).
     "tpu7x": _TOKENS_BESIDE
     | {
         # bfloat16 is multiplied as it is, and not in two halves.
