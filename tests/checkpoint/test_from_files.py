@@ -104,7 +104,7 @@ def test_a_dtype_that_holds_no_weights_is_refused(write_folder: Write, weights: 
     "sizes",
     [
         {"data": 8},
-        {"fsdp": 8},
+        {"data": 2, "fsdp": 4},
         {"data": 2, "expert": 4},
         {"fsdp": 2, "expert": 2, "tensor": 2},
     ],
