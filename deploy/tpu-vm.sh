@@ -75,7 +75,8 @@ train() {
   local words host=${IMAGE%%/*}
   words=$(printf ' %q' "$@")
   workers "sudo gcloud auth configure-docker $host --quiet && sudo docker pull --quiet $IMAGE \
-&& sudo docker run --rm --name dsjax --privileged --network host $IMAGE python train.py$words"
+&& sudo docker run --rm --name dsjax --privileged --network host \
+--env TPU_ACCELERATOR_TYPE=$TYPE $IMAGE python train.py$words"
 }
 
 run() {

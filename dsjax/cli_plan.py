@@ -35,12 +35,6 @@ examples:
 """
 
 
-DEFAULTS: dict[str, Any] = {
-    "rows": 128, "context": 4096, "drafts": 0, "dtype": "bfloat16", "mesh": None,
-}  # fmt: skip
-"""Of a step of the engine whose model is named, and nothing else."""
-
-
 def add_plan(verbs: argparse._SubParsersAction[Any]) -> None:
     """Add the verb."""
     verb = verbs.add_parser(
@@ -113,7 +107,13 @@ def _read_job(
     config: str, overrides: list[str], topology: str, step: str, engine: dict[str, Any]
 ) -> Callable[[Sequence[Any]], Any]:
     """What is to be compiled, on devices that are still to come; jax is imported after CONFIG."""
-    from dsjax.config_files import load_model_config, load_pretrain_config, load_serving_config
+    from dsjax.config_files import (
+        load_model_config,
+        load_pretrain_config,
+        load_serving_config,
+        parse,
+    )
+    from dsjax.config_serving import ServingConfig
 
     given = {name: value for name, value in engine.items() if value is not None}
     if step == "train" and given:
@@ -122,22 +122,24 @@ def _read_job(
             f"--{name} {value} is for a model and --step prefill or decode; CONFIG has settings of "
             f"its own: {name}=..."
         )
-    if step == "train" and (serving := load_serving_config(config, overrides)) is not None:
-        given = serving.model_dump(exclude={"task", "model"})
-        config, step, overrides = serving.model, given.pop("step"), []
     if step == "train":
+        serving = load_serving_config(config, overrides)
+    elif overrides:
+        raise UserError(f"{overrides[0]}: --step {step} takes a model, which has no settings here")
+    else:
+        tree = {"task": "serve", "model": config, "step": step, **given}
+        serving = parse(ServingConfig, tree, source=f"--step {step}")
+    if serving is None:
         run = load_pretrain_config(config, overrides)
         describe_host(topology)
         from dsjax.planning.train import train_job
 
         return partial(train_job, run)
-    if overrides:
-        raise UserError(f"{overrides[0]}: --step {step} takes a model, which has no settings here")
-    model = load_model_config(config)
+    model = load_model_config(serving.model)
     describe_host(topology)
-    from dsjax.planning.serve import Serving, serving_job
+    from dsjax.planning.serve import serving_job
 
-    return partial(serving_job, model, Serving(step=step, **DEFAULTS | given))
+    return partial(serving_job, model, serving)
 
 
 def describe_host(topology: str) -> None:

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from dsjax.kernels.tpu_core import LANES, MEMORY_LIMIT
+from dsjax.kernels.tpu_core import LANES, MEMORY_LIMIT, left_in_memory
 from dsjax.numerics.fp8_host import BLOCK
 
 TALL = 256
@@ -37,12 +37,9 @@ WIDE = 512
 SUM = 2**14
 """Numbers of a sum that stays in registers while blocks are added: a quarter of them."""
 
-LEAST_ROWS = 64
-"""A matrix unit takes a tile of weights no faster than it would multiply so many rows by it."""
-
 WIDENED_ROWS = 106
-"""And a tile in FP8 takes vector units as long as so many rows take matrix units, at the 68% of
-their peak at which `dsjax.planning` counts kernels: 39 cycles of v5e's final schedule."""
+"""A tile of weights in FP8 takes vector units as long as so many rows take matrix units, at the 68%
+of their peak at which `dsjax.planning` counts kernels: 39 cycles of v5e's final schedule."""
 
 
 def block_scaled_matmul(x: Array, matrix: Array, scales: Array, first: tuple[Any, Any]) -> Array:
@@ -74,11 +71,6 @@ def block_scaled_matmul(x: Array, matrix: Array, scales: Array, first: tuple[Any
         ),
         name="block_scaled_matmul",
     )(begin, x, left_in_memory(matrix), scales)
-
-
-def left_in_memory(matrix: Array) -> Array:
-    """A matrix that a kernel reads itself: XLA would first move it to the core, if it has room."""
-    return pltpu.with_memory_space_constraint(matrix, pltpu.HBM)
 
 
 def _multiply(begin: Any, x: Any, matrix: Any, scales: Any, out: Any) -> None:

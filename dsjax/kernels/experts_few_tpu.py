@@ -21,15 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dsjax.kernels.block_scaled_tpu import (
-    LEAST_ROWS,
-    WIDENED_ROWS,
-    in_parts,
-    left_in_memory,
-    scaled_products,
-)
+from dsjax.kernels.block_scaled_tpu import WIDENED_ROWS, in_parts, scaled_products
 from dsjax.kernels.swiglu import SwiGLU
-from dsjax.kernels.tpu_core import LANES, MEMORY_LIMIT
+from dsjax.kernels.tpu_core import LANES, LEAST_ROWS, MEMORY_LIMIT, left_in_memory
 
 TOKENS = 256
 """So many are in the core at a time."""

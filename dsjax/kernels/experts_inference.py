@@ -21,6 +21,7 @@ from dsjax.kernels import experts_few_tpu as few_tpu
 from dsjax.kernels.blocks import BLOCKS, fold_blocks, fold_experts
 from dsjax.kernels.grouped_matmul import grouped_matmul
 from dsjax.kernels.permutation import Order, sort_by_expert
+from dsjax.kernels.rows import sum_rows
 from dsjax.kernels.swiglu import SwiGLU, swiglu
 from dsjax.kernels.tpu_core import alone
 from dsjax.numerics.fp8 import dequantize_blocks
@@ -59,8 +60,8 @@ def _sorted(
     rows = lax.platform_dependent(
         x, weights, scales, order, gate_of_row, cpu=_in_blocks, default=_grouped
     )
-    of_somebody = jnp.arange(len(rows)) < order.sizes.sum()
-    return order.sum_choices(jnp.where(of_somebody[:, None], rows, 0))  # The others are undefined.
+    of_somebody = order.row_of_pair < order.sizes.sum()  # The others are undefined.
+    return sum_rows(rows, jnp.where(of_somebody, order.row_of_pair, len(rows)))
 
 
 def _widened(weights: SwiGLU, scales: SwiGLU | None, dtype: Any) -> SwiGLU:

@@ -19,8 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from dsjax.kernels.attention import MASKED
-from dsjax.kernels.block_scaled_tpu import LEAST_ROWS, left_in_memory
-from dsjax.kernels.tpu_core import LANES
+from dsjax.kernels.tpu_core import LANES, LEAST_ROWS, left_in_memory
 
 KEYS = 512
 """Keys of one stretch."""

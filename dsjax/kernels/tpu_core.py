@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 LANES = 128
 """Numbers side by side in a register."""
@@ -13,6 +14,9 @@ MEMORY_LIMIT = 56 * 2**20
 
 A core has 64 MiB on v5p and TPU7x, 128 on v5e and v6e.
 """
+
+LEAST_ROWS = 64
+"""A matrix unit takes a tile of weights no faster than it would multiply so many rows by it."""
 
 
 def matrix_unit() -> int:
@@ -30,3 +34,8 @@ def alone() -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return all(mesh.shape[axis] == 1 or axis in mesh.manual_axes for axis in mesh.axis_names)
+
+
+def left_in_memory(matrix: Array) -> Array:
+    """A matrix that a kernel reads itself: XLA would first move it to the core, if it has room."""
+    return pltpu.with_memory_space_constraint(matrix, pltpu.HBM)

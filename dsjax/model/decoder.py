@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.architecture import ModelConfig
 from dsjax.kernels.paged_attention import Places
+from dsjax.kernels.tpu_core import LANES
 from dsjax.model.block import Block
 from dsjax.model.layers import (
     Embedding,
@@ -209,18 +210,27 @@ def _modules(module: nnx.Module) -> list[Any]:
 
 
 def make_pages(
-    config: ModelConfig, groups: int, count: int, size: int, dtype: Any, *, mtp: bool
+    config: ModelConfig,
+    groups: int,
+    count: int,
+    size: int,
+    dtype: Any,
+    *,
+    mtp: bool,
+    backend: str | None = None,
 ) -> Pages:
     """Empty pages: `count` of `size` tokens in each group, for every layer."""
-    layers, width = cache_shape(config, mtp=mtp)
+    layers, width = cache_shape(config, mtp=mtp, backend=backend)
     return tuple(jnp.zeros((groups, count, size, width), dtype) for _ in range(layers))
 
 
-def cache_shape(config: ModelConfig, *, mtp: bool) -> tuple[int, int]:
+def cache_shape(config: ModelConfig, *, mtp: bool, backend: str | None = None) -> tuple[int, int]:
     """Layers that remember, MTP's among them if it is used, and numbers a token in each.
 
-    Wide ones fill whole lanes of 128, as they would in a TPU's memory anyway: otherwise its
-    compiler turns the pages, and turns them back at every step.
+    On a TPU (the backend, by default jax's own) wide ones fill whole lanes, as they would in its
+    memory anyway: otherwise its compiler turns the pages, and turns them back at every step.
     """
     width = config.cache_width
-    return config.num_hidden_layers + mtp, -(-width // 128) * 128 if width > 128 else width
+    if width > LANES and (backend or jax.default_backend()) == "tpu":
+        width += -width % LANES
+    return config.num_hidden_layers + mtp, width

@@ -33,7 +33,7 @@ from dsjax.kernels.ring_attention import ring_attention
 from dsjax.kernels.rotary import rotate_flat
 from dsjax.model.layers import Linear, RMSNorm, use
 from dsjax.model.rope import RotaryTable, rotate_pairs, softmax_scale
-from sharding.by_hand import travel_axis
+from sharding.by_hand import summed, travel_axis
 from sharding.rules import constrain
 
 LATENT_NORM_EPS = 1e-6
@@ -95,7 +95,7 @@ class MLA(nnx.Module):
             heads: Array = ring_attention(axis, q, latent, segment_ids, weight, expand, scale)
             return self.out(heads)
         k_nope, v = (
-            _of_all_heads(c_kv, part)
+            _of_all_heads(c_kv, part, self.kv_b)
             for part in (weight[:, : c.qk_nope_head_dim], weight[:, c.qk_nope_head_dim :])
         )
         attending = Attending(*self._flat_queries(x, table), k_nope, k_rope, v, segment_ids)
@@ -105,13 +105,18 @@ class MLA(nnx.Module):
     def _flat_queries(self, x: Array, table: RotaryTable) -> tuple[Array, Array]:
         """No-rope and rotated halves of all heads, [B, S, H nope] and [B, S, H rope]."""
         nope = self.config.qk_nope_head_dim
-        if self.config.q_lora_rank is None:
-            weight = self.q.matrix(x.dtype)
-        else:
-            x, weight = self.q_a_norm(self.q_a(x)), self.q_b.matrix(x.dtype)
+        x, product = self._query_product(x)
+        weight = product.matrix(x.dtype)
         # A weight is cut, which is small, and not what it makes of every token.
         rope = jnp.concatenate([weight[:, nope::2], weight[:, nope + 1 :: 2]], axis=1)
-        return _of_all_heads(x, weight[:, :nope]), rotate_flat(_of_all_heads(x, rope), *table)
+        q_nope, q_rope = (_of_all_heads(x, part, product) for part in (weight[:, :nope], rope))
+        return q_nope, rotate_flat(q_rope, *table)
+
+    def _query_product(self, x: Array) -> tuple[Array, Linear]:
+        """What queries are made of, and by what."""
+        if self.config.q_lora_rank is None:
+            return x, self.q
+        return self.q_a_norm(self.q_a(x)), self.q_b
 
     def extend(
         self,
@@ -159,11 +164,8 @@ class MLA(nnx.Module):
 
     def _queries(self, x: Array, table: RotaryTable) -> tuple[Array, Array]:
         """No-rope and rotated halves, [B, S, H, nope] and [B, S, H, rope]."""
-        if self.config.q_lora_rank is None:
-            q = self.q(x)
-        else:
-            q = self.q_b(self.q_a_norm(self.q_a(x)))
-        q = constrain(q, "batch", "sequence", "heads", None)
+        x, product = self._query_product(x)
+        q = constrain(product(x), "batch", "sequence", "heads", None)
         q_nope, q_rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return q_nope, rotate_pairs(q_rope, table)
 
@@ -173,10 +175,12 @@ class MLA(nnx.Module):
         return self.kv_a_norm(c_kv), rotate_pairs(k_rope, table)
 
 
-def _of_all_heads(x: Float[Array, "B S R"], weight: Float[Array, "H N R"]) -> Array:
-    """[B, S, H N], the heads of a token one after the other."""
+def _of_all_heads(
+    x: Float[Array, "B S R"], weight: Float[Array, "H N R"], whole: Linear
+) -> Float[Array, "B S HN"]:
+    """x times a part of the matrix of `whole`, the heads of a token one after the other."""
     flat = jnp.einsum("bsr,nr->bsn", x, weight.reshape(-1, x.shape[-1]))
-    return constrain(flat, "batch", "sequence", "heads")
+    return constrain(summed(flat, *whole.into), "batch", "sequence", "heads")
 
 
 def _expand(

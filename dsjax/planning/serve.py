@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.store import abstract_on
+from dsjax.config_serving import ServingConfig
 from dsjax.errors import UserError
 from dsjax.inference.runner import by_batch
 from dsjax.inference.sampler_state import SamplerState
@@ -30,28 +31,7 @@ from sharding.mesh import make_mesh
 from sharding.rules import DECODE_RULES, Layout, use_layout
 
 
-@dataclass(frozen=True)
-class Serving:
-    """Which step of the engine, and with how much room.
-
-    Attributes:
-        step: prefill, a part of a prompt in every group is read, or decode, every row is continued.
-        rows: sequences that run at the same time.
-        context: tokens of each, all of them in the cache.
-        drafts: tokens that MTP drafts a step.
-        dtype: of the weights, bfloat16 or fp8; fp8 is as released, computed with in bfloat16.
-        mesh: sizes of mesh axes; None: all devices on `expert`.
-    """
-
-    step: str
-    rows: int
-    context: int
-    drafts: int
-    dtype: str
-    mesh: dict[str, int] | None
-
-
-def serving_job(config: ModelConfig, serving: Serving, devices: Sequence[Any]) -> Job:
+def serving_job(config: ModelConfig, serving: ServingConfig, devices: Sequence[Any]) -> Job:
     """A step of the engine over a mesh, as `dsjax.inference.runner` runs it.
 
     Raises:
@@ -89,19 +69,21 @@ def serving_job(config: ModelConfig, serving: Serving, devices: Sequence[Any]) -
     )  # fmt: skip
 
 
-def _room(config: ModelConfig, serving: Serving, layout: Layout) -> tuple[Any, Any]:
+def _room(config: ModelConfig, serving: ServingConfig, layout: Layout) -> tuple[Any, Any]:
     """The cache and the sampler's state, for so many rows in every part of the batch."""
     groups, width = layout.ways("batch"), math.ceil(serving.context / PAGE_SIZE)
     rows = math.ceil(serving.rows / groups)
     dtype, drafts = jnp.bfloat16, serving.drafts > 0
-    pages = partial(make_pages, config, groups, rows * width, PAGE_SIZE, dtype, mtp=drafts)
+    pages = partial(
+        make_pages, config, groups, rows * width, PAGE_SIZE, dtype, mtp=drafts, backend="tpu"
+    )
     sampler = partial(SamplerState.empty, groups * rows, config.vocab_size)
     shapes = jax.eval_shape(pages), jax.eval_shape(sampler)
     return abstract_on(shapes, by_batch(layout, shapes))
 
 
 def _lower(
-    serving: Serving, layout: Layout, decoder: Any, pages: Any, sampler: Any
+    serving: ServingConfig, layout: Layout, decoder: Any, pages: Any, sampler: Any
 ) -> jax.stages.Lowered:
     """The engine's step: a prompt's part in every group, or all rows by a token and its drafts."""
     reads, groups = serving.step == "prefill", layout.ways("batch")

@@ -193,7 +193,7 @@ TRAPS: dict[str, tuple[str, Edit | Setting | Misread]] = {
     ),
     "a query's pairs turn the other way": (
         "v3",
-        Edit(mla.MLA, "_flat_queries", "x, rope), *table)", "x, rope), table[0], -table[1])"),
+        Edit(mla.MLA, "_flat_queries", "(q_rope, *table)", "(q_rope, table[0], -table[1])"),
     ),
     "pairs turn the other way": (
         "v3",

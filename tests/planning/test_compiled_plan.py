@@ -79,7 +79,7 @@ def test_a_step_of_the_engine_is_planned_like_any_other(cache: Path):
     assert found["topology"]["mesh"] == {"expert": 2, "tensor": 2}
     assert found["run"]["tokens_per_step"] == found["run"]["rows"] == 16
     model = load_model_config("cpu-tiny")
-    layers, width = cache_shape(model, mtp=True)
+    layers, width = cache_shape(model, mtp=True, backend="tpu")
     assert found["memory"]["cache"] == 16 * 64 * layers * width * 2 / 2  # two parts of the batch
     assert 0 < found["run"]["memory_seconds"] < found["step_seconds"]
     assert found["run"]["chip_hours"] is None

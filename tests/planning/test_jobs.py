@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import jax
 import jaxtyping
 import pytest
 
 from dsjax.config_files import load_model_config, load_pretrain_config
+from dsjax.config_serving import ServingConfig
 from dsjax.errors import UserError
-from dsjax.planning.serve import Serving, serving_job
+from dsjax.planning.serve import serving_job
 from dsjax.planning.train import microbatches, train_job
 
-SERVING = Serving("decode", rows=12, context=64, drafts=0, dtype="bfloat16", mesh={"expert": 4})
+SERVING = ServingConfig(task="serve", model="cpu-tiny", rows=12, context=64, mesh={"expert": 4})
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_decoding_continues_every_row_and_prefill_reads_a_part_of_a_prompt():
     decode = serving_job(model, SERVING, jax.devices()[:4])
     assert decode.tokens == 12  # three rows in each of four parts of the batch
     assert "12x1xi32" in decode.lowered.as_text()
-    prefill = serving_job(model, replace(SERVING, step="prefill"), jax.devices()[:4])
+    prefill = serving_job(model, SERVING.model_copy(update=dict(step="prefill")), jax.devices()[:4])
     assert prefill.tokens == 4 * 512
     assert prefill.lasting == decode.lasting
 
@@ -67,7 +67,7 @@ def test_experts_are_split_over_the_mesh_and_fp8_halves_them():
     of = {
         (dtype, ways): serving_job(
             model,
-            replace(SERVING, dtype=dtype, mesh={"expert": ways}),
+            SERVING.model_copy(update=dict(dtype=dtype, mesh={"expert": ways})),
             jax.devices()[:ways],
         ).lasting["weights"]
         for dtype in ("bfloat16", "fp8")
@@ -79,10 +79,14 @@ def test_experts_are_split_over_the_mesh_and_fp8_halves_them():
 
 def test_an_engine_without_rows_is_refused():
     with pytest.raises(UserError, match="rows is 0"):
-        serving_job(load_model_config("cpu-tiny"), replace(SERVING, rows=0), jax.devices()[:4])
+        serving_job(
+            load_model_config("cpu-tiny"),
+            SERVING.model_copy(update=dict(rows=0)),
+            jax.devices()[:4],
+        )
 
 
 def test_drafts_need_a_model_that_drafts():
     dense = load_model_config("cpu-tiny-qwen3")
     with pytest.raises(UserError, match="--drafts 1"):
-        serving_job(dense, replace(SERVING, drafts=1, mesh=None), jax.devices()[:1])
+        serving_job(dense, SERVING.model_copy(update=dict(drafts=1, mesh=None)), jax.devices()[:1])

@@ -12,6 +12,7 @@ import pytest
 
 from dsjax.config_files import load_model_config
 from dsjax.errors import UserError
+from dsjax.model.decoder import cache_shape
 from dsjax.serving import opening
 from dsjax.serving.opening import open_model, token_bytes
 from dsjax.serving.options import ModelOptions
@@ -142,7 +143,8 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
         open_model(ModelOptions(other, NAME))
 
 
-def test_a_token_of_v3_takes_78080_bytes_in_whole_lanes():
+def test_a_token_of_v3_takes_70272_bytes_and_on_a_tpu_whole_lanes():
     config = load_model_config("v3-671b")
-    assert token_bytes(config, 2, drafts=0) == 78_080
-    assert token_bytes(config, 2, drafts=1) == 79_360
+    assert token_bytes(config, 2, drafts=0) == 70_272
+    assert token_bytes(config, 2, drafts=1) == 71_424
+    assert cache_shape(config, mtp=True, backend="tpu") == (62, 640)
