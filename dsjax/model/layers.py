@@ -185,9 +185,9 @@ class Linear(nnx.Module):
         else:
             weight = use(self.weight, x.dtype, scale_of(self, "weight"))
             # Flat: heads that lie one after the other already are not laid out anew.
-            x, weight = (a.reshape(*a.shape[:-n], -1) for a in (x, weight))
-            y = jnp.einsum("...i,oi->...o", x, weight.reshape(-1, x.shape[-1]))
-            y = y.reshape(*y.shape[:-1], *weight.shape[:-1])
+            flat, matrix = (a.reshape(*a.shape[:-n], -1) for a in (x, weight))
+            y = jnp.einsum("...i,oi->...o", flat, matrix.reshape(-1, flat.shape[-1]))
+            y = y.reshape(*y.shape[:-1], *matrix.shape[:-1])
         y = summed(y, *self.into)
         if (adapter := adapter_of(self)) is not None:
             y += adapter(x)

@@ -44,7 +44,7 @@ MESHES: list[tuple[dict[str, int], Rules]] = [
     *(({one: 2, other: 2}, {}) for one, other in combinations(AXES, 2)),
     ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
     # Experts' weights travel, split by expert.
-    ({"data": 2, "fsdp": 4}, {"expert": ("fsdp",), "expert_embed": (), "expert_mlp": ("tensor",)}),
+    ({"data": 2, "fsdp": 4}, {"expert": ("fsdp",), "expert_embed": (), "expert_mlp_rows": ()}),
 ]
 
 
