@@ -84,7 +84,7 @@ def _lower(devices: Any, tokens: int) -> Any:
         order = sort_by_expert(chosen, EXPERTS)
         gates = gates.ravel()[order.pair_of_row]
         y, before = experts.multiply(x, weights, order, gates)
-        return y, experts.multiply_gradient(x, weights, order, gates, before, dy, into)
+        return y, experts.multiply_gradient(x, weights, order, gates, before, dy, into, jnp.float32)
 
     place = jax.sharding.SingleDeviceSharding(devices[0])
     into = _stacks(EXPERTS, place, jnp.float32)

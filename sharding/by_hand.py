@@ -58,35 +58,42 @@ def by_hand(function: Callable[..., Any], places: Any, result_places: Any) -> Ca
     )
 
 
-def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike) -> Array:
+def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, wide: bool = False) -> Array:
     """A weight as the computation needs it: cast, then whole along all axes that have tokens.
 
     Cast first, so that half the bytes travel. The gradient travels in the weight's own dtype: what
     many devices add up is added in float32.
+
+    Args:
+        wide: rounded to `dtype`, but in the dtype of the weight. A gradient comes in the dtype of
+            the result, so it need not be rounded before it is added up.
     """
     layout = _inside()
-    if layout is None:
+    missing = () if layout is None else map(layout.gathered_axes, axes)
+    gathers = tuple((dim, over) for dim, over in enumerate(missing) if over)
+    if not gathers and not wide:
         return weight.astype(dtype)
-    missing = ((dim, layout.gathered_axes(name)) for dim, name in enumerate(axes))
-    gathers = tuple((dim, over) for dim, over in missing if over)
-    return _gather(weight, gathers, jnp.dtype(dtype)) if gathers else weight.astype(dtype)
+    dtype = jnp.dtype(dtype)
+    return _gather(weight, gathers, dtype, weight.dtype if wide else dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(weight: Array, gathers: Gathers, dtype: jnp.dtype) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(weight: Array, gathers: Gathers, dtype: jnp.dtype, result: jnp.dtype) -> Array:
     part = weight.astype(dtype)
     for dim, axes in gathers:
         part = lax.all_gather(part, axes, axis=dim, tiled=True)
-    return part
+    return part.astype(result)
 
 
-def _gather_forward(weight: Array, gathers: Gathers, dtype: jnp.dtype) -> tuple[Array, Array]:
+def _gather_forward(
+    weight: Array, gathers: Gathers, dtype: jnp.dtype, result: jnp.dtype
+) -> tuple[Array, Array]:
     # An empty slice remembers the dtype, which is no array.
-    return _gather(weight, gathers, dtype), jnp.zeros((0,), weight.dtype)
+    return _gather(weight, gathers, dtype, result), jnp.zeros((0,), weight.dtype)
 
 
 def _gather_backward(
-    gathers: Gathers, dtype: jnp.dtype, kept: Array, gradient: Array
+    gathers: Gathers, dtype: jnp.dtype, result: jnp.dtype, kept: Array, gradient: Array
 ) -> tuple[Array]:
     part = gradient.astype(kept.dtype)
     for dim, axes in reversed(gathers):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from sharding.platform import by_platform
 
 SLACK = 1.5
 """A window's room over the pairs that it would hold if tokens spread evenly."""
@@ -99,15 +102,6 @@ class Journey:
     """The rows that a token is in all rounds, of the n x c of each; n x c where they are no M."""
     window_of_row: Int[Array, "T M"]
 
-    def rounds(self) -> Int[Array, ""]:
-        """How many rounds move everything, on every device of the mesh.
-
-        Devices that exchange must agree on it; those that do not could differ, but programs whose
-        loops run apart are asking every backend for trouble, and one integer is little to share.
-        """
-        mine = self.window.max() + 1
-        return lax.pmax(mine, jax.sharding.get_abstract_mesh().manual_axes)
-
     def pack(self, index: Int[Array, ""] | int) -> Window:
         """The windows of one round."""
         segment = jnp.arange(self.devices) * self.room.windows + index
@@ -146,8 +140,8 @@ def plan_journey(destinations: Int[Array, "T K"], devices: int) -> Journey:
     """
     tokens, choices = destinations.shape
     room = Room.of(tokens, choices, devices)
-    load = (destinations[:, :, None] == jnp.arange(devices)[None, None]).sum(1)
-    window = _of_pair(jnp.cumsum(load, 0) - load, destinations) // room.step
+    load, before = _loads(destinations, devices)
+    window = _of_pair(before, destinations) // room.step
     segment = destinations * room.windows + window
     together = _of_pair(load, destinations)
     pair_of_place = jnp.argsort((segment * choices + choices - together).ravel(), stable=True)
@@ -182,6 +176,30 @@ def plan_journey(destinations: Int[Array, "T K"], devices: int) -> Journey:
     )
 
 
+def count_rounds(journeys: list[Int[Array, "_ K"]], devices: int) -> Int[Array, "J"]:
+    """How many rounds move each of several journeys, of whose pairs these are the destinations.
+
+    The same on every device of the mesh. Devices that exchange must agree on it; those that do not
+    could differ, but programs whose loops run apart are asking every backend for trouble, and a few
+    integers are little to share.
+    """
+
+    def mine(destinations: Array) -> Array:
+        tokens, choices = destinations.shape
+        load, before = _loads(destinations, devices)
+        step = Room.of(tokens, choices, devices).step
+        return jnp.where(load > 0, before, 0).max() // step + 1
+
+    needed = jnp.stack([mine(destinations) for destinations in journeys])
+    return lax.pmax(needed, jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _loads(destinations: Array, devices: int) -> tuple[Array, Array]:
+    """Pairs of each token to each device [T, n], and those of the tokens before it."""
+    load = (destinations[:, :, None] == jnp.arange(devices)[None, None]).sum(1)
+    return load, jnp.cumsum(load, 0) - load
+
+
 def _of_pair(table: Array, column: Array) -> Array:
     """table[t, column[t, k]]"""
     return jnp.take_along_axis(table, column, axis=1)
@@ -197,21 +215,30 @@ def _inverse(permutation: Array) -> Array:
 # ---------------------------------------------------------------------------------------------
 
 
+def empty_like(rows: Array) -> Array:
+    """Memory of this shape and dtype, which may hold anything."""
+    return lax.empty(rows.shape, rows.dtype)
+
+
 def exchange(
     axis: str,
     rows: Shaped[Array, "n c D"],
     sent: Int[Array, "n"],
     received: Int[Array, "n"],
+    unwritten: Callable[[Array], Array] = empty_like,
 ) -> Shaped[Array, "n c D"]:
     """The d-th of n windows to device d of the axis, and one window back from each.
 
     Only the first `sent[d]` rows of a window exist, and `received[s]` of what device s sent here;
     the rest of the result is undefined. Where XLA has a ragged all-to-all (TPU, GPU) only rows that
     exist travel; on a CPU, which has none, whole windows do.
+
+    Args:
+        unwritten: as `empty_like`: memory for what comes.
     """
-    return lax.platform_dependent(
-        rows, sent, received, cpu=partial(_exchange_windows, axis), default=partial(_ragged, axis)
-    )
+    ragged = partial(_ragged, axis, unwritten)
+    whole = partial(_exchange_windows, axis)
+    return by_platform(rows, sent, received, cpu=whole, default=ragged)
 
 
 def exchange_whole(axis: str, windows: Shaped[Array, "n Q"]) -> Shaped[Array, "n Q"]:
@@ -223,7 +250,13 @@ def _exchange_windows(axis: str, rows: Array, sent: Array, received: Array) -> A
     return lax.all_to_all(rows, axis, 0, 0, tiled=True)
 
 
-def _ragged(axis: str, rows: Array, sent: Array, received: Array) -> Array:
+def _ragged(
+    axis: str,
+    unwritten: Callable[[Array], Array],
+    rows: Array,
+    sent: Array,
+    received: Array,
+) -> Array:
     devices, room = rows.shape[:2]
     here = lax.axis_index(axis)
     begins = jnp.arange(devices, dtype=jnp.int32) * room
@@ -233,7 +266,7 @@ def _ragged(axis: str, rows: Array, sent: Array, received: Array) -> Array:
     flat = rows.reshape(devices * room, *form)
     arrived = lax.ragged_all_to_all(
         flat,
-        lax.empty(flat.shape, flat.dtype),
+        unwritten(flat),
         begins,
         sent.astype(jnp.int32),
         jnp.full(devices, here * room, jnp.int32),

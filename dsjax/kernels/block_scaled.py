@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, Float32
 
 from dsjax.kernels import block_scaled_tpu as tpu
 from dsjax.kernels.tpu_core import alone
 from dsjax.numerics.fp8 import dequantize_blocks
 from dsjax.numerics.fp8_host import BLOCK
+from sharding.platform import by_platform
 
 
 def block_scaled_matmul(
@@ -37,9 +37,7 @@ def block_scaled_matmul(
     """
     if not alone():
         return _widened(x, matrix, scales, first)
-    return lax.platform_dependent(
-        x, matrix, scales, first, tpu=tpu.block_scaled_matmul, default=_widened
-    )
+    return by_platform(x, matrix, scales, first, tpu=tpu.block_scaled_matmul, default=_widened)
 
 
 def _widened(x: Array, matrix: Array, scales: Array, first: tuple[Any, Any]) -> Array:

@@ -13,11 +13,12 @@ only the useful work there. Elsewhere rows are gathered, and `grouped_matmul` mu
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import experts_blocked
@@ -25,6 +26,7 @@ from dsjax.kernels.grouped_matmul import grouped_matmul, grouped_outer
 from dsjax.kernels.permutation import Order, VisitorOrder, sort_by_expert
 from dsjax.kernels.rows import take_rows
 from dsjax.kernels.swiglu import SwiGLU, swiglu, swiglu_gradient
+from sharding.platform import by_platform
 
 
 def routed_experts_reference(
@@ -51,8 +53,8 @@ def routed_experts(
     The gate multiplies the narrow inner activation: the same sum, for F numbers instead of D.
 
     Args:
-        x: tokens, in the dtype of `weights`.
-        weights: all experts' matrices, stacked.
+        x: tokens; in their dtype is computed.
+        weights: all experts' matrices, stacked; in their dtype is the gradient of them.
         experts: the K experts of each token; the same one may come twice.
         gates: what each choice counts.
     """
@@ -68,19 +70,22 @@ class _Saved(NamedTuple):
     gates: Array
     before: tuple[Array, Array]
     """W_gate x and W_up x of every row, [N, F] each."""
+    given: Array
+    """Nothing, in the dtype of the matrices as they came."""
 
 
-def _forward(x: Array, weights: SwiGLU, experts: Array, gates: Array) -> tuple[Array, _Saved]:
+def _forward(x: Array, given: SwiGLU, experts: Array, gates: Array) -> tuple[Array, _Saved]:
+    weights = given.astype(x.dtype)
     order = sort_by_expert(experts, weights.gate.shape[0])
     y, before = multiply(x, weights, order, gates.ravel()[order.pair_of_row])
-    return y, _Saved(x, weights, order, gates, before)
+    return y, _Saved(x, weights, order, gates, before, jnp.zeros((0,), given.gate.dtype))
 
 
 def _backward(saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
     order = saved.order
     gates = saved.gates.ravel()[order.pair_of_row]
     dx, d_weights, d_gates = multiply_gradient(
-        saved.x, saved.weights, order, gates, saved.before, dy, None
+        saved.x, saved.weights, order, gates, saved.before, dy, None, saved.given.dtype
     )
     return dx, d_weights, None, d_gates[order.row_of_pair].astype(saved.gates.dtype)
 
@@ -98,7 +103,7 @@ def multiply(
 
     Pairs stand as `order` sorts them, and so do their gates.
     """
-    return lax.platform_dependent(
+    return by_platform(
         x, weights, order, gates, cpu=experts_blocked.forward, default=_forward_grouped
     )
 
@@ -111,14 +116,16 @@ def multiply_gradient(
     before: tuple[Float[Array, "N F"], Float[Array, "N F"]] | None,
     dy: Float[Array, "T D"],
     into: SwiGLU | None,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "T D"], SwiGLU, Float[Array, "N"]]:
     """Gradients of x, weights and gates, given `multiply`'s second result and the gradient of y.
 
     Args:
         before: made again from x where it is None.
-        into: what the gradient of the matrices is added to, in its dtype; None is zeros, in theirs.
+        into: what the gradient of the matrices is added to; None is zeros.
+        dtype: of that gradient where nothing is added to; else it has that of `into`.
     """
-    return lax.platform_dependent(
+    return by_platform(
         x,
         weights,
         order,
@@ -126,8 +133,8 @@ def multiply_gradient(
         before,
         dy,
         into,
-        cpu=experts_blocked.backward,
-        default=_backward_grouped,
+        cpu=partial(experts_blocked.backward, dtype=dtype),
+        default=partial(_backward_grouped, dtype=dtype),
     )
 
 
@@ -161,6 +168,7 @@ def _backward_grouped(
     before: tuple[Array, Array] | None,
     dy: Array,
     into: SwiGLU | None,
+    dtype: DTypeLike,
 ) -> tuple[Array, SwiGLU, Array]:
     token, sizes = order.token_of_row, order.sizes
     rows, d_out = (take_rows(a, token, sizes.sum()) for a in (x, dy))
@@ -173,6 +181,9 @@ def _backward_grouped(
     factors = (d_gate, rows), (d_up, rows), (d_out, inner)
     stacks = into or (None, None, None)
     d_weights = SwiGLU(
-        *(grouped_outer(*pair, sizes, stack) for pair, stack in zip(factors, stacks, strict=True))
+        *(
+            grouped_outer(*pair, sizes, stack, dtype)
+            for pair, stack in zip(factors, stacks, strict=True)
+        )
     )
     return order.sum_choices(d_rows), d_weights, d_gates

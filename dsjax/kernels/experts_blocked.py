@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dsjax.kernels.blocks import BLOCKS, fold_blocks, fold_experts
@@ -55,11 +56,12 @@ def backward(
     before: tuple[Array, Array] | None,
     dy: Array,
     into: SwiGLU | None,
+    dtype: DTypeLike,
 ) -> tuple[Array, SwiGLU, Array]:
     """Gradients of x [T, D], of the matrices and of the rows' gates [N], given that of y.
 
-    Those of the matrices are added to `into`, if there is any; without `before` the pre-activations
-    are made again.
+    Those of the matrices are added to `into`, if there is any, and are in `dtype` if not; without
+    `before` the pre-activations are made again.
     """
     rows = gates.size
     token, gates = _padded(order.token_of_row), _padded(gates)
@@ -92,7 +94,7 @@ def backward(
     start = (
         jnp.zeros((rows + BLOCKS[0], x.shape[1]), x.dtype),
         jnp.zeros(rows + BLOCKS[0]),
-        jax.tree.map(jnp.zeros_like, weights) if into is None else into,
+        jax.tree.map(partial(jnp.zeros_like, dtype=dtype), weights) if into is None else into,
     )
     d_rows, d_gates, d_weights = fold_experts(order.sizes, one_expert, start)
     return order.sum_choices(d_rows), d_weights, d_gates[:rows]

@@ -25,6 +25,7 @@ from dsjax.kernels.rows import sum_rows
 from dsjax.kernels.swiglu import SwiGLU, swiglu
 from dsjax.kernels.tpu_core import alone
 from dsjax.numerics.fp8 import dequantize_blocks
+from sharding.platform import by_platform
 
 
 def apply_experts(
@@ -45,7 +46,7 @@ def apply_experts(
     """
     if not alone():
         return _sorted(x, weights, scales, experts, gates)
-    return lax.platform_dependent(
+    return by_platform(
         x, weights, scales, experts, gates, tpu=few_tpu.apply_experts, default=_sorted
     )
 
@@ -57,9 +58,7 @@ def _sorted(
     count = weights.gate.shape[0]
     order = sort_by_expert(jnp.where((experts < 0) | (experts >= count), count, experts), count)
     gate_of_row = gates.ravel()[order.pair_of_row]
-    rows = lax.platform_dependent(
-        x, weights, scales, order, gate_of_row, cpu=_in_blocks, default=_grouped
-    )
+    rows = by_platform(x, weights, scales, order, gate_of_row, cpu=_in_blocks, default=_grouped)
     of_somebody = order.row_of_pair < order.sizes.sum()  # The others are undefined.
     return sum_rows(rows, jnp.where(of_somebody, order.row_of_pair, len(rows)))
 

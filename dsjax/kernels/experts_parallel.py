@@ -26,17 +26,19 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.kernels.experts import multiply, multiply_gradient
 from dsjax.kernels.permutation import VisitorOrder, sort_visitors
-from dsjax.kernels.rows import send_rows, sum_rows
+from dsjax.kernels.rows import send_rows, sum_rows, unwritten
 from dsjax.kernels.swiglu import SwiGLU
 from dsjax.kernels.usual import usual_rows, usual_turns
 from sharding.expert_parallel import (
     Journey,
     Window,
+    count_rounds,
     exchange,
     exchange_whole,
     plan_journey,
     usual_visits,
 )
+from sharding.platform import by_platform
 
 Sums = TypeVar("Sums")
 
@@ -59,16 +61,21 @@ def routed_experts_over(
         axis: the mesh axis, of n devices, that the experts are split over in order.
         reach: on how many devices the experts of a token are at most, n or fewer. Only plans are
             made with it.
-        x: this device's tokens, in the dtype of `weights`.
-        weights: the matrices of this device's E/n experts.
+        x: this device's tokens; in their dtype is computed.
+        weights: the matrices of this device's E/n experts; in their dtype is the gradient of them.
         experts: the K experts of each token, counted over all devices; one may come twice.
         gates: what each choice counts.
     """
     return _forward(axis, reach, x, weights, experts, gates)[0]
 
 
+PARTS = 2
+"""Parts of a TPU's tokens that travel one behind the other in the forward pass, so that rows of the
+one are on their way while experts compute the other's. The backward pass has gradients of weights
+to compute meanwhile, and smaller groups of rows would cost it more than they hide."""
+
 KEPT = "rounds of experts"
-"""The name of a number that is worth keeping: all devices had to be asked for it."""
+"""The name of a few numbers that are worth keeping: all devices had to be asked for them."""
 
 
 class _Saved(NamedTuple):
@@ -77,6 +84,8 @@ class _Saved(NamedTuple):
     experts: Array
     gates: Array
     rounds: Array
+    given: Array
+    """Nothing, in the dtype of the matrices as they came."""
 
 
 class _Round(NamedTuple):
@@ -91,26 +100,67 @@ class _Round(NamedTuple):
 
 
 def _forward(
-    axis: str, reach: int, x: Array, weights: SwiGLU, experts: Array, gates: Array
+    axis: str, reach: int, x: Array, given: SwiGLU, experts: Array, gates: Array
 ) -> tuple[Array, _Saved]:
-    journey = _plan(axis, weights, experts)
+    weights, tokens = given.astype(x.dtype), (x, experts, gates)
+    parts = list(zip(*(jnp.array_split(a, min(PARTS, len(x))) for a in tokens), strict=True))
+    destinations = [part // len(weights.gate) for _, part, _ in (tokens, *parts)]
+    rounds = checkpoint_name(count_rounds(destinations, lax.axis_size(axis)), KEPT)
+    plan = partial(_plan, axis, weights)
+    travel = partial(_travel, axis, reach)
+
+    def whole() -> Array:
+        return travel(weights, rounds[0], plan(experts), x, experts, gates)
+
+    def in_parts() -> Array:
+        journeys = [plan(experts) for _, experts, _ in parts]
+        first = [
+            _introduce(axis, journey, 0, weights, experts, gates)
+            for journey, (_, experts, gates) in zip(journeys, parts, strict=True)
+        ]
+        # A few numbers, and the weights that are gathered, go before rows, and wait for none.
+        rows = [x for x, _, _ in parts]
+        rows, first, ready = lax.optimization_barrier((rows, first, weights))
+        y = [
+            travel(ready, rounds[1 + i], journeys[i], rows[i], experts, gates, first[i])
+            for i, (_, experts, gates) in enumerate(parts)
+        ]
+        return jnp.concatenate(y)
+
+    y = by_platform(default=whole, tpu=in_parts)
+    given_dtype = jnp.zeros((0,), given.gate.dtype)
+    return y, _Saved(x, weights, experts, gates, rounds[0], given_dtype)
+
+
+def _travel(
+    axis: str,
+    reach: int,
+    weights: SwiGLU,
+    rounds: Array,
+    journey: Journey,
+    x: Array,
+    experts: Array,
+    gates: Array,
+    first: _Round | None = None,
+) -> Array:
+    """Tokens to their experts and back, added up; `first` is their first round, if it is known."""
     send = partial(_send, axis, reach, experts)
 
     def one_round(index: Array | int, y: Array | None) -> Array:
-        now = _introduce(axis, journey, index, weights, experts, gates)
+        known = first if isinstance(index, int) else None
+        now = known or _introduce(axis, journey, index, weights, experts, gates)
         rows = send(send_rows(x, now.window.token_of_row), now.window.rows, now.arrived)
         with usual_rows(gates.size):
             out, _ = multiply(_flat(rows), weights, now.visitors, now.gates)
         back = send(out.reshape(rows.shape), now.arrived, now.window.rows)
         return _plus(y, sum_rows(_flat(back), journey.rows_of(index)))
 
-    rounds = checkpoint_name(journey.rounds(), KEPT)
-    return _fold_rounds(rounds, one_round, x), _Saved(x, weights, experts, gates, rounds)
+    return _fold_rounds(rounds, one_round, x)
 
 
 def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
     # The barrier keeps XLA from seeing that x travelled before, and keeping what arrived till now.
-    (x, weights, experts, gates, rounds), dy = lax.optimization_barrier((saved, dy))
+    (x, weights, experts, gates, rounds, given), dy = lax.optimization_barrier((saved, dy))
     journey = _plan(axis, weights, experts)
     send = partial(_send, axis, reach, experts)
 
@@ -125,7 +175,14 @@ def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, S
         )
         with usual_rows(gates.size):
             d_rows, d_weights, d_pairs = multiply_gradient(
-                _flat(x_rows), weights, now.visitors, now.gates, None, _flat(dy_rows), into
+                _flat(x_rows),
+                weights,
+                now.visitors,
+                now.gates,
+                None,
+                _flat(dy_rows),
+                into,
+                given.dtype,
             )
         back = send(d_rows.reshape(x_rows.shape), now.arrived, now.window.rows)
         d_pairs = exchange_whole(axis, d_pairs[now.visitors.row_of_pair])
@@ -137,7 +194,8 @@ def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, S
             _plus(d_gates, journey.pick_pairs(index, d_pairs)),
         )
 
-    dx, d_weights, d_gates = _fold_rounds(rounds, one_round, (x, weights, gates))
+    like = x, jax.eval_shape(lambda: weights.astype(given.dtype)), gates
+    dx, d_weights, d_gates = _fold_rounds(rounds, one_round, like)
     return dx, d_weights, None, d_gates
 
 
@@ -153,7 +211,7 @@ def _send(
 ) -> Array:
     tokens, choices = experts.shape
     with usual_rows(round(tokens * usual_visits(choices, lax.axis_size(axis), reach))):
-        return exchange(axis, rows, sent, received)
+        return exchange(axis, rows, sent, received, unwritten)
 
 
 def _fold_rounds(
@@ -184,7 +242,7 @@ def _fold_rounds(
         with usual_turns(0):  # as a branch that is not taken would be, but sums stay in place
             return lax.fori_loop(0, jnp.minimum(rounds - 1, 1), others, sums)
 
-    return lax.platform_dependent(cpu=all_in_one, default=with_first_outside)
+    return by_platform(cpu=all_in_one, default=with_first_outside)
 
 
 def _plus(total: Array | None, more: Array) -> Array:

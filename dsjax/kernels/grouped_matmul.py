@@ -18,11 +18,13 @@ from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import grouped_matmul_tpu as tpu
 from dsjax.kernels.blocks import fold_blocks, fold_experts
 from dsjax.kernels.tpu_core import alone
+from sharding.platform import by_platform
 
 Factors = tuple[Float[Array, "N I"], Float[Array, "E A B"]]
 """Rows, sorted by group, and the matrices of all groups; in one dtype."""
@@ -75,14 +77,15 @@ def grouped_matmul(
     if not alone():
         return ragged(sizes, *factors)
     pallas = partial(tpu.grouped_matmul, inputs_first=inputs_first, apart=apart)
-    return lax.platform_dependent(sizes, *factors, tpu=pallas, default=ragged)
+    return by_platform(sizes, *factors, tpu=pallas, default=ragged)
 
 
 def grouped_outer(
     left: Float[Array, "N A"],
     right: Float[Array, "N B"],
     sizes: Int[Array, "E"],
-    into: Float[Array, "E A B"] | None = None,
+    into: Float[Array, "E A B"] | None,
+    dtype: DTypeLike,
 ) -> Float[Array, "E A B"]:
     """`into` and the outer products left_n right_n^T of each group's rows.
 
@@ -93,23 +96,25 @@ def grouped_outer(
         left: sorted by group.
         right: in the dtype of `left`.
         sizes: rows of each group; rows beyond may be anything, not finite even.
-        into: what is added to, and the dtype of the result; XLA reuses its memory if it can.
-            Without it there are zeros, in the dtype of `left`.
+        into: what is added to; XLA reuses its memory if it can. None is zeros.
+        dtype: of the result where nothing is added to; else it has that of `into`.
     """
+    blocks = partial(_outer_in_blocks, dtype=dtype)
     if not alone():
-        return _outer_in_blocks(left, right, sizes, into)
-    return lax.platform_dependent(
-        left, right, sizes, into, tpu=tpu.grouped_outer, default=_outer_in_blocks
-    )
+        return blocks(left, right, sizes, into)
+    pallas = partial(tpu.grouped_outer, dtype=dtype)
+    return by_platform(left, right, sizes, into, tpu=pallas, default=blocks)
 
 
 OUTER_BLOCKS = (2048, 256)
 """Rows of one product for the matrices' gradients: many, since each reads and writes the sum."""
 
 
-def _outer_in_blocks(left: Array, right: Array, sizes: Array, into: Array | None) -> Array:
+def _outer_in_blocks(
+    left: Array, right: Array, sizes: Array, into: Array | None, dtype: DTypeLike
+) -> Array:
     if into is None:
-        into = jnp.zeros((len(sizes), left.shape[1], right.shape[1]), left.dtype)
+        into = jnp.zeros((len(sizes), left.shape[1], right.shape[1]), dtype)
 
     def one_expert(expert: Array, begin: Array, size: Array, stack: Array) -> Array:
         def one_block(at: Array, count: int, total: Array) -> Array:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from dsjax.kernels.rows_tpu import WHOLE
@@ -206,13 +207,16 @@ def _own_rows(visit: Any, begins: Any, group: Any, tile: Any, shape: tuple[int, 
     return (row >= begins[group[visit]]) & (row < begins[group[visit] + 1])
 
 
-def grouped_outer(left: Array, right: Array, sizes: Array, into: Array | None) -> Array:
+def grouped_outer(
+    left: Array, right: Array, sizes: Array, into: Array | None, dtype: DTypeLike
+) -> Array:
     """`dsjax.kernels.grouped_matmul.grouped_outer` on a TPU: `into` becomes the result, in place.
 
     Groups without rows are not visited then.
     """
     (count, first), second = left.shape, right.shape[1]
-    out = jax.ShapeDtypeStruct((len(sizes), first, second), left.dtype) if into is None else into
+    dtype = dtype if into is None else into.dtype
+    out = jax.ShapeDtypeStruct((len(sizes), first, second), dtype)
     stacks = [] if into is None else [into]
     size, wide_size = left.dtype.itemsize, out.dtype.itemsize * (1 + len(stacks))
     tall = rows_of_tile(count, len(sizes))
@@ -229,7 +233,7 @@ def grouped_outer(left: Array, right: Array, sizes: Array, into: Array | None) -
     stack = pl.BlockSpec((None, high, wide), lambda i, j, visit, _, group, __: (group[visit], i, j))
     return pl.pallas_call(
         partial(_add_outer, added=bool(stacks)),
-        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
+        out_shape=out,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(*parts, visits.count),

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from dsjax.kernels import attention
@@ -26,6 +25,7 @@ from dsjax.kernels.mla_attention_backward_tpu import backward as backward_on_tpu
 from dsjax.kernels.mla_attention_blocks_tpu import Attending, Heads
 from dsjax.kernels.mla_attention_forward_tpu import forward as forward_on_tpu
 from dsjax.kernels.tpu_core import alone
+from sharding.platform import by_platform
 
 
 def mla_attention_reference(
@@ -56,7 +56,7 @@ def _forward(attending: Attending, heads: int, scale: float) -> tuple[Array, _Sa
     here = partial(_forward_joined, heads=heads, scale=scale)
     if _has_kernel(attending, heads):
         kernel = partial(forward_on_tpu, heads=heads, scale=scale)
-        out, log_sum = lax.platform_dependent(attending, tpu=kernel, default=here)
+        out, log_sum = by_platform(attending, tpu=kernel, default=here)
     else:
         out, log_sum = here(attending)
     return out, _Saved(attending, out, log_sum)
@@ -68,7 +68,7 @@ def _backward(
     here = partial(_backward_joined, heads=heads, scale=scale)
     if _has_kernel(saved.attending, heads):
         kernel = partial(backward_on_tpu, heads=heads, scale=scale)
-        gradients = lax.platform_dependent(*saved, d_out, tpu=kernel, default=here)
+        gradients = by_platform(*saved, d_out, tpu=kernel, default=here)
     else:
         gradients = here(*saved, d_out)
     return (Attending(*gradients, segment_ids=None),)  # pyright: ignore[reportArgumentType]

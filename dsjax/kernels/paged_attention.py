@@ -24,6 +24,7 @@ from dsjax.kernels import paged_attention_tpu as tpu
 from dsjax.kernels.attention import MASKED
 from dsjax.kernels.tpu_core import alone
 from dsjax.kernels.usual import usual_turns
+from sharding.platform import by_platform
 
 KEYS_AT_ONCE = 256
 """Keys of one turn of the loop over a row's context."""
@@ -149,7 +150,7 @@ def latent_attention(
     if not alone():
         return plain(q, pages, places)
     kernel = partial(tpu.latent_attention, value_width=value_width, scale=scale)
-    return lax.platform_dependent(
+    return by_platform(
         q, pages, places, tpu=lambda q, pages, at: kernel(q, pages, at.positions, at.table),
         default=plain,
     )  # fmt: skip

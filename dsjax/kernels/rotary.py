@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from dsjax.kernels.tpu_core import LANES, alone
+from sharding.platform import by_platform
 
 ROWS = 512
 """Places of a program, or all where there are fewer."""
@@ -32,7 +33,7 @@ def rotate_flat(
     pairs = cos.shape[-1]
     if not alone() or LANES % (2 * pairs) or x.shape[-1] % LANES:
         return _rotate(x, cos, sin)
-    return lax.platform_dependent(x, cos, sin, tpu=_rotate_registers, default=_rotate)
+    return by_platform(x, cos, sin, tpu=_rotate_registers, default=_rotate)
 
 
 def _forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import rows_tpu as tpu
 from dsjax.kernels.tpu_core import LANES, alone
+from sharding.expert_parallel import empty_like
+from sharding.platform import by_platform
 
 
 def take_rows(
@@ -32,7 +33,7 @@ def take_rows(
 
     if not alone() or rows.shape[1] % tpu.WHOLE:
         return plain(rows, index, count)
-    return lax.platform_dependent(rows, index, count, tpu=tpu.take_rows, default=plain)
+    return by_platform(rows, index, count, tpu=tpu.take_rows, default=plain)
 
 
 def send_rows(x: Float[Array, "T D"], index: Int[Array, "n c"]) -> Float[Array, "n c D"]:
@@ -40,6 +41,17 @@ def send_rows(x: Float[Array, "T D"], index: Int[Array, "n c"]) -> Float[Array, 
     width = x.shape[1]
     form = (width // LANES, LANES) if width % tpu.WHOLE == 0 else (width,)
     return x.reshape(len(x), *form)[index].reshape(*index.shape, width)
+
+
+def unwritten(rows: Array) -> Array:
+    """Memory for as many rows, which may hold anything.
+
+    On a TPU by a kernel that does nothing with `rows`: what needs no layer's numbers would be made
+    once for all layers, be kept, and be copied wherever one writes into it.
+    """
+    if not alone():
+        return empty_like(rows)
+    return by_platform(rows, tpu=tpu.unwritten, default=empty_like)
 
 
 def sum_rows_reference(rows: Float[Array, "N D"], at: Int[Array, "T M"]) -> Float[Array, "T D"]:
@@ -65,4 +77,4 @@ def sum_rows(
     """
     if not alone() or rows.shape[1] % tpu.WHOLE:
         return elsewhere(rows, at)
-    return lax.platform_dependent(rows, at, tpu=tpu.sum_rows, default=elsewhere)
+    return by_platform(rows, at, tpu=tpu.sum_rows, default=elsewhere)

@@ -44,6 +44,19 @@ PACKED = 16
 """Rows that are turned from the form at a time: bfloat16 comes in sixteens."""
 
 
+def unwritten(rows: Array) -> Array:
+    """`dsjax.kernels.rows.unwritten` on a TPU."""
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        lambda rows, out: None,
+        out_shape=jax.ShapeDtypeStruct(rows.shape, rows.dtype),
+        in_specs=[anywhere],
+        out_specs=anywhere,
+        cost_estimate=_moves(1),
+        name="unwritten",
+    )(rows)
+
+
 def take_rows(
     rows: Float[Array, "N D"], index: Int[Array, "M"], count: Int[Array, ""]
 ) -> Float[Array, "M D"]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -18,6 +19,10 @@ class SwiGLU(NamedTuple):
     gate: Float[Array, "E F D"]
     up: Float[Array, "E F D"]
     down: Float[Array, "E D F"]
+
+    def astype(self, dtype: DTypeLike) -> SwiGLU:
+        """All three in another dtype."""
+        return SwiGLU(*(matrix.astype(dtype) for matrix in self))
 
 
 def swiglu(

@@ -51,15 +51,20 @@ def parameter(
     return nnx.Param(value.astype(dtype), axes=axes)
 
 
-def use(weight: nnx.Variable[Array], dtype: DTypeLike, scale: BlockScale | None = None) -> Array:
+def use(
+    weight: nnx.Variable[Array],
+    dtype: DTypeLike,
+    scale: BlockScale | None = None,
+    wide: bool = False,
+) -> Array:
     """The one way a weight enters a computation: cast to its dtype and, by hand, gathered.
 
     A weight in FP8 needs its scales. It is widened as loading widens one, bit by bit: multiplied in
-    float32, rounded once; by hand, it is gathered before.
+    float32, rounded once; by hand, it is gathered before. What `wide` is, `gathered` tells.
     """
     if scale is None:
         assert weight.dtype != E4M3  # Its values mean nothing without their scales.
-        return gathered(weight[...], variable_axes(weight), dtype)
+        return gathered(weight[...], variable_axes(weight), dtype, wide)
     whole, merged = gathered(weight[...], variable_axes(weight), E4M3), scale.get_metadata("merged")
     return dequantize_blocks(whole, scale[...], dtype, merged, _first_places(weight, whole, merged))
 

@@ -156,7 +156,10 @@ class Experts(nnx.Module):
             return self._for_few(x, routing)
         held = self.gate, self.up, self.down
         scales = [scale_of(self, name) for name in SwiGLU._fields]
-        weights = SwiGLU(*(use(w, x.dtype, s) for w, s in zip(held, scales, strict=True)))
+        # Wide: their gradients are float32 sums in a kernel, and stay so on their way to be summed.
+        weights = SwiGLU(
+            *(use(w, x.dtype, s, wide=True) for w, s in zip(held, scales, strict=True))
+        )
         y: Array
         if (axis := travel_axis("expert")) is not None:
             reach = devices_in_reach(*self.groups, jax.lax.axis_size(axis))

@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from dsjax.kernels.experts import routed_experts
-from dsjax.kernels.experts_parallel import KEPT, routed_experts_over
+from dsjax.kernels.experts_parallel import KEPT, PARTS, routed_experts_over
 from dsjax.kernels.rows_tpu import WHOLE
 from dsjax.kernels.swiglu import SwiGLU
-from sharding.expert_parallel import plan_journey
+from sharding.expert_parallel import count_rounds
 from sharding.mesh import make_mesh
 from tests.sharding.ragged import emulate
 
@@ -85,8 +85,8 @@ def over(devices, choices, dtype=jnp.float32, **others):
             y, dx, d_gates = lax.psum((y, dx, d_gates), "tensor")
         if mesh.shape["data"] > 1:
             d_weights = lax.psum(d_weights, "data")
-        rounds = plan_journey(experts // len(weights.gate), devices).rounds()
-        return y, dx, d_weights, d_gates, rounds[None]
+        rounds = count_rounds([experts // len(weights.gate)], devices)
+        return y, dx, d_weights, d_gates, rounds
 
     takes = BATCH, WEIGHTS, BATCH, BATCH, BATCH
     gives = BATCH, BATCH, WEIGHTS, BATCH, BATCH
@@ -181,15 +181,18 @@ def test_the_path_of_accelerators_is_exact_too(chip, monkeypatch):
         assert_close(found, expected, 1e-5)
 
 
-def test_only_all_to_alls_and_one_number_travel():
-    """A message, x and y; backward a message, x and dy, the gradients of x and of the gates."""
+def test_only_all_to_alls_and_a_few_numbers_travel():
+    """A message, x and y; backward a message, x and dy, the gradients of x and of the gates.
+
+    The numbers are rounds: of all tokens and of two parts of them, and of this test's own.
+    """
     text = over(8, 3).as_text()
     kinds = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute"
     found = re.findall(rf"= (\S+|\(.*\)) ({kinds})\(", text)
     assert sum(kind == "all-to-all" for _, kind in found) == 3 + 5
     others = [each for each in found if each[1] != "all-to-all"]
     assert {kind for _, kind in others} == {"all-reduce"}
-    assert set(re.findall(r"\w+\[.*?\]", str(others))) == {"s32[]"}
+    assert set(re.findall(r"\w+\[.*?\]", str(others))) == {"s32[3]", "s32[1]"}
 
 
 def lowered(function, platform):
@@ -217,18 +220,19 @@ def over_four(*arguments):
     return routed_experts_over("expert", 2, *arguments)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_accelerators_send_only_rows_that_exist(platform):
+@pytest.mark.parametrize(("platform", "parts"), [("tpu", PARTS), ("cuda", 1)])
+def test_accelerators_send_only_rows_that_exist(platform, parts):
     """All but messages and the gates' gradients are ragged; the first round is out of the loop."""
     found = collectives(lowered(over_four, platform))
-    assert found["ragged_all_to_all("] == 2 * (2 + 3)
+    assert found["ragged_all_to_all("] == 2 * (2 * parts + 3)
     assert found['usual_turns_0/while"'] > 0, "further rounds are no rule"
-    assert found["stablehlo.all_to_all"] == 2 * (1 + 2)
+    assert found["stablehlo.all_to_all"] == 2 * (1 * parts + 2)
 
 
 def test_plans_hear_how_many_rows_a_balanced_router_makes():
-    """8 tokens a device have 48 pairs, and go to two of four devices each."""
-    assert set(re.findall(r"usual_rows_(\d+)", lowered(over_four, "tpu"))) == {"16", "48"}
+    """8 tokens a device have 48 pairs, and go to two of four devices each; forward in halves."""
+    found = set(re.findall(r"usual_rows_(\d+)", lowered(over_four, "tpu")))
+    assert found == {"8", "24", "16", "48"}
 
 
 def test_recomputing_a_layer_sends_nothing_again():

@@ -61,8 +61,8 @@ def compiled(backend):
         return (
             grouped_matmul(sizes, (narrow, stack), inputs_first=True),
             grouped_matmul(sizes, (wide, stack), (2 * wide, stack + 1), inputs_first=False),
-            grouped_outer(narrow, wide, sizes, stack),
-            grouped_outer(narrow, wide, sizes),
+            grouped_outer(narrow, wide, sizes, stack, stack.dtype),
+            grouped_outer(narrow, wide, sizes, None, narrow.dtype),
         )
 
     return run
@@ -100,7 +100,7 @@ def test_products_equal_their_meaning(sizes, dtype, backend):
 def test_a_bfloat16_gradient_is_added_to_a_float32_stack(backend):
     left, right = (jnp.full((40, 8), value, jnp.bfloat16) for value in (1, 2**-4))
     into = jnp.full((2, 8, 8), 1024, jnp.float32)
-    found = grouped_outer(left, right, jnp.array([33, 7]), into)
+    found = grouped_outer(left, right, jnp.array([33, 7]), into, into.dtype)
     expected = 1024 + np.array([33, 7])[:, None, None] / 16 + np.zeros((2, 8, 8))
     assert found.dtype == jnp.float32
     assert (np.asarray(found) == expected).all()  # bfloat16 has no numbers between 1024 and 1032
@@ -168,7 +168,7 @@ def test_the_compiler_is_told_the_operations_and_bytes_of_the_shapes():
     assert told(product, sizes, (rows, matrices), (rows, matrices)) == {
         "grouped_matmul": [(2 * flops, 2 * (2 * row_bytes + matrix_bytes) + wide_bytes)]
     }
-    assert told(grouped_outer, rows, wide, sizes, into) == {
+    assert told(partial(grouped_outer, dtype=jnp.float32), rows, wide, sizes, into) == {
         "grouped_outer": [(flops, 2 * row_bytes + 2 * wide_bytes + 2 * 2 * matrix_bytes)]
     }
 
@@ -229,7 +229,7 @@ def test_a_layer_compiles_for_a_tpu_and_copies_no_stack(dtype, monkeypatch):
     def layer(x, weights, chosen, gates, dy, into):
         order = sort_by_expert(chosen, groups)
         y, before = experts.multiply(x, weights, order, gates)
-        return y, experts.multiply_gradient(x, weights, order, gates, before, dy, into)
+        return y, experts.multiply_gradient(x, weights, order, gates, before, dy, into, jnp.float32)
 
     arguments = (
         shape(tokens, embed),

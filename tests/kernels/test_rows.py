@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 from dsjax.kernels import grouped_matmul_tpu, rows_tpu
 from dsjax.kernels.permutation import sort_visitors
-from dsjax.kernels.rows import send_rows, sum_rows, sum_rows_reference, take_rows
+from dsjax.kernels.rows import send_rows, sum_rows, sum_rows_reference, take_rows, unwritten
 
 WIDTH = rows_tpu.WHOLE
 SUMS, MOST = 140, 3
@@ -114,6 +114,13 @@ def test_a_product_whose_rows_lie_apart_is_the_same_product(dtype, interpreted):
     for sizes in ([7, 20, 5], [0, 33, 0], [40, 0, 0]):
         found, expected = (out[: sum(sizes)] for out in both(jnp.array(sizes)))
         assert (found == expected).all()
+
+
+def test_memory_is_given_that_nothing_was_written_to(interpreted):
+    rows = jnp.ones((6, 8, 128), jnp.bfloat16)
+    given = unwritten(rows)
+    assert (given.shape, given.dtype) == (rows.shape, rows.dtype)
+    assert jnp.isnan(given).all()
 
 
 def test_the_rows_of_each_visitor_are_found():
