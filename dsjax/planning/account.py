@@ -2,9 +2,9 @@
 
 The one rule of overlap: a device has a core, which takes the instructions in the order in which
 they are scheduled, and beside it links, sparse cores, copies within its memory and PCIe, each of
-which does one thing after another. What is started runs beside the core as soon as its part of the
-device is free; where its result is waited for, the core stands still until it is done. An exchange
-that is not started apart is waited for at once.
+which all that it does at a time shares evenly. What is started runs beside the core at once; where
+its result is waited for, the core stands still until it is done. An exchange that is not started
+apart is waited for where it stands.
 """
 
 from __future__ import annotations
@@ -68,12 +68,13 @@ class Account:
 
 
 class Beside:
-    """What runs beside the core in one computation: when each part of the device will be free."""
+    """What runs beside the core in one computation, and how much of each is left to do."""
 
     def __init__(self, total: Account) -> None:
         self.total = total
-        self.free = _nothing()
-        self.running: dict[str, tuple[Cost, float]] = {}
+        self.running: dict[str, Cost] = {}
+        self.left: dict[str, float] = {}
+        """Seconds, if each had its part of the device for itself."""
 
     def work(self, name: str, cost: Cost) -> None:
         """Let the core do something, or begin something else and wait for it at once."""
@@ -82,27 +83,44 @@ class Beside:
             self.start(name, cost)
             self.wait(name, name)
             return
-        total.seconds += cost.seconds
+        self._pass(cost.seconds)
         total.core[cost.kind] += cost.seconds
         total.each[cost.kind, name] += cost.seconds
         if not cost.counted:
             total.unknown[f"work {name}"] += 1
 
     def start(self, key: str, cost: Cost) -> None:
-        """Begin now, or when what it needs has become free."""
-        end = max(self.total.seconds, self.free[cost.engine]) + cost.seconds
-        self.free[cost.engine] = end
-        self.running[key] = cost, end
+        """Begin now."""
+        self.running[key], self.left[key] = cost, cost.seconds
 
     def wait(self, key: str, name: str) -> None:
         """Let the core stand still until it is done."""
-        cost, end = self.running.pop(key)
-        waited = max(end - self.total.seconds, 0.0)
-        self.total.seconds += waited
+        cost = self.running[key]
+        # What has less left to do than this is done before; the others take as much as this one.
+        waited = sum(min(self.left[key], left) for _, left in self._sharing(cost.engine))
+        self._pass(waited)
+        del self.running[key], self.left[key]
         self.total.waited[cost.kind] += waited
         self.total.hidden[cost.kind] += cost.seconds - min(waited, cost.seconds)
         self.total.sent[cost.kind] += cost.sent
         self.total.each[cost.kind, name] += waited
+
+    def _sharing(self, engine: str) -> list[tuple[str, float]]:
+        """What a part of the device has left to do, the least first."""
+        keys = [key for key, cost in self.running.items() if cost.engine == engine]
+        return sorted(((key, self.left[key]) for key in keys), key=lambda one: one[1])
+
+    def _pass(self, seconds: float) -> None:
+        """Let time pass: each part of the device goes on with all that it does."""
+        self.total.seconds += seconds
+        for engine in {cost.engine for cost in self.running.values()}:
+            remaining, done = seconds, 0.0
+            sharing = [(key, left) for key, left in self._sharing(engine) if left > 0]
+            for place, (key, left) in enumerate(sharing):
+                others = len(sharing) - place
+                each = min(left - done, remaining / others)
+                done, remaining = done + each, remaining - each * others
+                self.left[key] = left - done
 
 
 def account(program: Program, chips: Slice) -> Account:
