@@ -30,10 +30,12 @@ _TOKENS_BESIDE = {
 }
 FLAGS: dict[str, dict[str, str]] = {
     "v5p": _SUMS_BESIDE | _TOKENS_BESIDE,
-    # Its sparse cores could take sums and gathers, too. Nothing is said of them here: with these
-    # flags and without, libtpu 0.0.42.1 fails at what V3's step gives them (docs/pods.md).
+    # Its sparse cores take sums and gathers of weights without being told.
     "tpu7x": _TOKENS_BESIDE
     | {
+        # They would also take rows of tokens, but libtpu 0.0.42.1 aborts at rows of 7,168 numbers:
+        # "Not enough space for TILESPMEM spill".
+        "xla_tpu_offload_gather_to_sparsecore": "false",
         # bfloat16 is multiplied as it is, and not in two halves.
         "xla_tpu_bf16_emission_mode": "NATIVE_EMISSION",
     },
