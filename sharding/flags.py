@@ -17,6 +17,8 @@ _SUMS_BESIDE = {
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_enable_instruction_fusion": "false",
     "xla_sc_disable_megacore_partitioning": "true",
+}
+_SUMS_HIDDEN = {
     # What a matmul would take along inside of its own loop cannot be handed over.
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
@@ -29,9 +31,10 @@ _TOKENS_BESIDE = {
     "xla_tpu_enable_async_ragged_all_to_all": "true",
 }
 FLAGS: dict[str, dict[str, str]] = {
-    "v5p": _SUMS_BESIDE | _TOKENS_BESIDE,
+    "v5p": _SUMS_BESIDE | _SUMS_HIDDEN | _TOKENS_BESIDE,
     # Its sparse cores take sums and gathers of weights without being told.
-    "tpu7x": _TOKENS_BESIDE
+    "tpu7x": _SUMS_HIDDEN
+    | _TOKENS_BESIDE
     | {
         # They would also take rows of tokens, but libtpu 0.0.42.1 aborts at rows of 7,168 numbers:
         # "Not enough space for TILESPMEM spill".
