@@ -215,17 +215,12 @@ def _inverse(permutation: Array) -> Array:
 # ---------------------------------------------------------------------------------------------
 
 
-def empty_like(rows: Array) -> Array:
-    """Memory of this shape and dtype, which may hold anything."""
-    return lax.empty(rows.shape, rows.dtype)
-
-
 def exchange(
     axis: str,
     rows: Shaped[Array, "n c D"],
     sent: Int[Array, "n"],
     received: Int[Array, "n"],
-    unwritten: Callable[[Array], Array] = empty_like,
+    unwritten: Callable[[Array], Array],
 ) -> Shaped[Array, "n c D"]:
     """The d-th of n windows to device d of the axis, and one window back from each.
 
@@ -234,7 +229,7 @@ def exchange(
     exist travel; on a CPU, which has none, whole windows do.
 
     Args:
-        unwritten: as `empty_like`: memory for what comes.
+        unwritten: gives memory for what comes, of the shape and dtype of what it is given.
     """
     ragged = partial(_ragged, axis, unwritten)
     whole = partial(_exchange_windows, axis)

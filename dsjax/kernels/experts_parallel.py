@@ -128,8 +128,8 @@ def _forward(
         return jnp.concatenate(y)
 
     y = by_platform(default=whole, tpu=in_parts)
-    given_dtype = jnp.zeros((0,), given.gate.dtype)
-    return y, _Saved(x, weights, experts, gates, rounds[0], given_dtype)
+    dtype = jnp.zeros((0,), given.gate.dtype)
+    return y, _Saved(x, weights, experts, gates, rounds[0], dtype)
 
 
 def _travel(

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.kernels import rows_tpu as tpu
 from dsjax.kernels.tpu_core import LANES, alone
-from sharding.expert_parallel import empty_like
 from sharding.platform import by_platform
 
 
@@ -49,9 +49,11 @@ def unwritten(rows: Array) -> Array:
     On a TPU by a kernel that does nothing with `rows`: what needs no layer's numbers would be made
     once for all layers, be kept, and be copied wherever one writes into it.
     """
-    if not alone():
-        return empty_like(rows)
-    return by_platform(rows, tpu=tpu.unwritten, default=empty_like)
+
+    def empty(rows: Array) -> Array:
+        return lax.empty(rows.shape, rows.dtype)
+
+    return by_platform(rows, tpu=tpu.unwritten, default=empty)
 
 
 def sum_rows_reference(rows: Float[Array, "N D"], at: Int[Array, "T M"]) -> Float[Array, "T D"]:

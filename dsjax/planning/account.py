@@ -1,10 +1,10 @@
 """Where the time of a step goes: a device's compiled schedule, walked through once.
 
 The one rule of overlap: a device has a core, which takes the instructions in the order in which
-they are scheduled, and beside it links, sparse cores, copies within its memory and PCIe, each of
-which all that it does at a time shares evenly. What is started runs beside the core at once; where
-its result is waited for, the core stands still until it is done. An exchange that is not started
-apart is waited for where it stands.
+they are scheduled, and beside it links, sparse cores, copies within its memory and PCIe, each
+shared evenly by all that it does at a time. What is started runs beside the core at once; where its
+result is waited for, the core stands still until it is done. An exchange that is not started apart
+is waited for where it stands.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_two_exchanges_share_the_links():
 
 
 def test_a_small_exchange_takes_its_half_of_the_links_beside_a_large_one():
-    """It is done after twice its time, the large one when all has passed; so in any order."""
+    """It is done after twice its time, and the large one when all has passed."""
     begin = "  %x = (bf16[1,8192,1024], bf16[64,8192,1024]) all-gather-start(%small), "
     begin += "replica_groups={}, dimensions={0}"
     end = "  %xd = bf16[64,8192,1024] all-gather-done(%x)"
@@ -120,12 +120,6 @@ def test_a_small_exchange_takes_its_half_of_the_links_beside_a_large_one():
     found = account_of("\n".join([SMALL, few, begin, f"  %g = {quarter}", end]))
     assert found.each[GATHERS, "g"] == pytest.approx(2 / 4 * GATHER_SECONDS)
     assert found.seconds == pytest.approx(5 / 4 * GATHER_SECONDS)
-    between = [matmul("m", 1), f"  %g = {quarter}", matmul("n", 1)]
-    late = account_of("\n".join([OPERAND, SMALL, few, begin, *between, end]))
-    alone = GATHER_SECONDS - 1e-3
-    assert late.each[GATHERS, "g"] == pytest.approx(
-        min(2 / 4 * GATHER_SECONDS, GATHER_SECONDS / 4 + alone)
-    )
 
 
 def test_a_sum_over_devices_passes_twice_and_a_scattered_one_once():
