@@ -1,14 +1,16 @@
 """Where the time of a step goes: a device's compiled schedule, walked through once.
 
 The one rule of overlap: a device has a core, which takes the instructions in the order in which
-they are scheduled, and beside it links, sparse cores, copies within its memory and PCIe, each
-shared evenly by all that it does at a time. What is started runs beside the core at once; where its
-result is waited for, the core stands still until it is done. An exchange that is not started apart
-is waited for where it stands.
+they are scheduled, and beside it links along each axis of the torus, sparse cores, copies within
+its memory and PCIe, each shared evenly by all that it does at a time. What is started runs beside
+the core at once, as fast as the most crowded of the parts that it needs lets it; where its result
+is waited for, the core stands still until it is done. An exchange that is not started apart is
+waited for where it stands.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
@@ -79,11 +81,13 @@ class Beside:
     def work(self, name: str, cost: Cost) -> None:
         """Let the core do something, or begin something else and wait for it at once."""
         total = self.total
-        if cost.engine != CORE:
+        if cost.parts != (CORE,):
             self.start(name, cost)
             self.wait(name, name)
             return
-        self._pass(cost.seconds)
+        remaining = cost.seconds
+        while remaining > 0:
+            remaining -= self._pass(remaining)
         total.core[cost.kind] += cost.seconds
         total.each[cost.kind, name] += cost.seconds
         if not cost.counted:
@@ -95,32 +99,27 @@ class Beside:
 
     def wait(self, key: str, name: str) -> None:
         """Let the core stand still until it is done."""
-        cost = self.running[key]
-        # What has less left to do than this is done before; the others take as much as this one.
-        waited = sum(min(self.left[key], left) for _, left in self._sharing(cost.engine))
-        self._pass(waited)
-        del self.running[key], self.left[key]
+        waited = 0.0
+        while self.left[key] > 0:
+            waited += self._pass()
+        cost = self.running.pop(key)
+        del self.left[key]
         self.total.waited[cost.kind] += waited
         self.total.hidden[cost.kind] += cost.seconds - min(waited, cost.seconds)
         self.total.sent[cost.kind] += cost.sent
         self.total.each[cost.kind, name] += waited
 
-    def _sharing(self, engine: str) -> list[tuple[str, float]]:
-        """What a part of the device has left to do, the least first."""
-        keys = [key for key, cost in self.running.items() if cost.engine == engine]
-        return sorted(((key, self.left[key]) for key in keys), key=lambda one: one[1])
-
-    def _pass(self, seconds: float) -> None:
-        """Let time pass: each part of the device goes on with all that it does."""
+    def _pass(self, most: float = math.inf) -> float:
+        """Let time pass until something that runs is done, or so many seconds; return how many."""
+        busy = {key: self.running[key].parts for key, left in self.left.items() if left > 0}
+        crowd = Counter(part for parts in busy.values() for part in parts)
+        slowness = {key: max(crowd[part] for part in parts) for key, parts in busy.items()}
+        ends = {key: self.left[key] * slower for key, slower in slowness.items()}
+        seconds = min([most, *ends.values()])
+        for key, end in ends.items():
+            self.left[key] = (end - seconds) / slowness[key]
         self.total.seconds += seconds
-        for engine in {cost.engine for cost in self.running.values()}:
-            remaining, done = seconds, 0.0
-            sharing = [(key, left) for key, left in self._sharing(engine) if left > 0]
-            for place, (key, left) in enumerate(sharing):
-                others = len(sharing) - place
-                each = min(left - done, remaining / others)
-                done, remaining = done + each, remaining - each * others
-                self.left[key] = left - done
+        return seconds
 
 
 def account(program: Program, chips: Slice) -> Account:
@@ -176,7 +175,7 @@ class _Walk:
         """What runs beside the core from `start` on: the costliest thing that it calls."""
         if start.opcode == "fusion" or not start.called:
             cost = self.costs.of(start, scope)
-            return replace(cost, engine=MEMORY) if cost.engine == CORE else cost
+            return replace(cost, parts=(MEMORY,)) if cost.parts == (CORE,) else cost
         inside = self.program.computations[start.called[0]]
         costs = [
             self._started(found, inside) if found.opcode.endswith("-start")
@@ -185,7 +184,7 @@ class _Walk:
             if found.opcode not in FREE and not found.opcode.endswith("-done")
         ]  # fmt: skip
         cost = max(costs, key=lambda cost: cost.seconds)
-        return replace(cost, engine=SPARSE) if cost.engine == CORE else cost
+        return replace(cost, parts=(SPARSE,)) if cost.parts == (CORE,) else cost
 
     def _makes_room(self, instruction: Instruction) -> bool:
         return (

@@ -61,6 +61,15 @@ CHIPS = {chip.name: chip for chip in (V5E, V5P, TPU7X)}
 
 
 @dataclass(frozen=True)
+class Way:
+    """An axis of a torus as a group of devices uses it: by so many chips, in a ring or a line."""
+
+    axis: int
+    chips: int
+    closed: bool
+
+
+@dataclass(frozen=True)
 class Slice:
     """Chips in a torus, and which of them each device of a program is on.
 
@@ -72,31 +81,36 @@ class Slice:
     shape: tuple[int, ...]
     places: tuple[tuple[int, ...], ...]
 
-    def links(self, group: Sequence[int]) -> float:
+    def ways(self, group: Sequence[int]) -> list[Way]:
+        """The axes along which the devices of a group are on different chips."""
+        places = {self.places[device] for device in group}
+        spans = [len(set(along)) for along in zip(*places, strict=True)]
+        return [
+            Way(axis, span, closed=span == size and size >= self.chip.ring)
+            for axis, (span, size) in enumerate(zip(spans, self.shape, strict=True))
+            if span > 1
+        ]
+
+    def links(self, group: Sequence[int], *, alike: bool) -> float:
         """How many links a device has for what its group exchanges, at the least favoured place.
 
         Two on an axis that the group fills as a ring, one on an axis where it is a line. Devices of
-        one chip share its links, unless they are in the group together: what comes to one of them
-        is then handed to the other on the chip.
+        one chip share its links, unless what comes to one of them is also for the other.
+
+        Args:
+            alike: all devices of the group are to have the same, or a sum of what all have.
         """
-        places = {self.places[device] for device in group}
-        links = 0
-        for axis, size in enumerate(self.shape):
-            spanned = len({place[axis] for place in places})
-            ring = spanned == size and size >= self.chip.ring
-            links += 0 if spanned == 1 else 2 if ring else 1
-        alone = len(places) == len(group)
-        return max(links, 1) / (self.chip.devices if alone else 1)
+        links = sum(2 if way.closed else 1 for way in self.ways(group))
+        together = len({self.places[device] for device in group}) < len(group)
+        return max(links, 1) / (1 if alike and together else self.chip.devices)
 
     def hops(self, group: Sequence[int]) -> float:
         """How many links a message between two devices of a group passes, on average."""
-        places = {self.places[device] for device in group}
-        hops = 0.0
-        for axis, size in enumerate(self.shape):
-            spanned = len({place[axis] for place in places})
-            ring = spanned == size and size >= self.chip.ring
-            hops += spanned / 4 if ring else (spanned - 1 / spanned) / 3
-        return max(hops, 1)
+        hops = sum(
+            way.chips / 4 if way.closed else (way.chips - 1 / way.chips) / 3
+            for way in self.ways(group)
+        )  # to any device, the sender itself among them
+        return max(hops * len(group) / (len(group) - 1), 1)
 
 
 def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:

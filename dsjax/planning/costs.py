@@ -38,8 +38,8 @@ KINDS = (
 )  # fmt: skip
 """Kinds of work, in the order in which tables show them."""
 
-CORE, SPARSE, LINKS, PCIE = "core", "sparse core", "links", "pcie"
-"""Parts of a device that work side by side."""
+CORE, SPARSE, PCIE = "core", "sparse core", "pcie"
+"""Parts of a device that work side by side; links are others, one for each axis of the torus."""
 
 KERNEL_EFFICIENCY = 0.68
 """Of the matrix units' peak, for all that a kernel computes, padding and repeated tiles too."""
@@ -72,15 +72,16 @@ HOST_MEMORY = "S(5)"
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds for which an instruction keeps one part of a device busy.
+    """Seconds for which an instruction keeps parts of a device busy.
 
     Attributes:
+        parts: which; more than one where an exchange goes along several axes of the torus.
         sent: bytes over links.
         counted: False for matrix work of which only the bytes are known.
     """
 
     kind: str
-    engine: str
+    parts: tuple[str, ...]
     seconds: float
     sent: float = 0.0
     counted: bool = True
@@ -101,14 +102,14 @@ class Costs:
             return self._kernel(instruction, shapes)
         if any(HOST_MEMORY in shape for shape in (instruction.shape, *shapes)):
             moved = _moved(instruction, shapes)
-            return Cost(HOST, PCIE, moved / (self.chip.host / self.chip.devices))
+            return Cost(HOST, (PCIE,), moved / (self.chip.host / self.chip.devices))
         kind = self._kind(instruction)
         estimate = self._by_cycles(instruction)
         if kind == MATMUL and estimate is not None:
-            return Cost(kind, CORE, estimate)
+            return Cost(kind, (CORE,), estimate)
         seconds = self._by_memory(touched_bytes(self.program, instruction, shapes))
         least = seconds if estimate is None else min(seconds, estimate)
-        return Cost(kind, CORE, least, counted=kind != MATMUL)
+        return Cost(kind, (CORE,), least, counted=kind != MATMUL)
 
     def _kind(self, instruction: Instruction) -> str:
         inner = (instruction, *self.program.inside(instruction))
@@ -142,7 +143,7 @@ class Costs:
         whole_numbers = all(dtype[0] in "su" for dtype, _ in arrays(call.shape))
         counted = work.told or work.flops > 0 or whole_numbers
         seconds = max(work.flops / rate, self._by_memory(work.nbytes))
-        return Cost(work.kind, CORE, seconds, counted=counted)
+        return Cost(work.kind, (CORE,), seconds, counted=counted)
 
     def _exchange(self, found: Instruction, whole: Instruction) -> Cost:
         opcode = found.opcode.removesuffix("-start")
@@ -156,8 +157,11 @@ class Costs:
         if opcode == "all-reduce" and not whole.value("calls").startswith("all-reduce-scatter"):
             sent *= 2  # sums scattered, then gathered
         hops = self.slice.hops(group) if kind == EXCHANGE else 1
-        links = 1 if opcode == "collective-permute" else self.slice.links(group)
-        return Cost(kind, LINKS, sent * hops / (links * self.chip.link * LINK_EFFICIENCY), sent)
+        links = self.slice.links(group, alike=kind != EXCHANGE)
+        if opcode == "collective-permute":  # one way only
+            links = 1 / self.chip.devices
+        parts = tuple(f"links {way.axis}" for way in self.slice.ways(group)) or ("links",)
+        return Cost(kind, parts, sent * hops / (links * self.chip.link * LINK_EFFICIENCY), sent)
 
 
 def _results(collective: Instruction) -> list[Array]:

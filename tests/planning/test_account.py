@@ -3,7 +3,16 @@
 import pytest
 
 from dsjax.planning.chips import V5P
-from dsjax.planning.costs import COPIES, GATHERS, HOST, KERNEL_EFFICIENCY, MATMUL, REDUCTIONS, REST
+from dsjax.planning.costs import (
+    COPIES,
+    EXCHANGE,
+    GATHERS,
+    HOST,
+    KERNEL_EFFICIENCY,
+    MATMUL,
+    REDUCTIONS,
+    REST,
+)
 from dsjax.planning.kernels import OTHER
 from tests.planning.programs import OPERAND, account_of, matmul
 
@@ -120,6 +129,34 @@ def test_a_small_exchange_takes_its_half_of_the_links_beside_a_large_one():
     found = account_of("\n".join([SMALL, few, begin, f"  %g = {quarter}", end]))
     assert found.each[GATHERS, "g"] == pytest.approx(2 / 4 * GATHER_SECONDS)
     assert found.seconds == pytest.approx(5 / 4 * GATHER_SECONDS)
+
+
+def test_exchanges_along_different_axes_do_not_share_links():
+    """And one along both goes as fast as the more crowded of them lets it."""
+
+    def seconds(*groups: str) -> float:
+        begins = (
+            f"  %x{i} = (bf16[1,8192,1024], bf16[4,8192,1024]) all-gather-start(%small), "
+            f"replica_groups={group}, dimensions={{0}}"
+            for i, group in enumerate(groups)
+        )
+        ends = (f"  %d{i} = bf16[4,8192,1024] all-gather-done(%x{i})" for i in range(len(groups)))
+        return account_of("\n".join([SMALL, *begins, *ends])).seconds
+
+    first, second, plane = "{{0,1,2,3}}", "{{0,4,8,12}}", "{{0,1,4,5}}"
+    along = seconds(first)
+    assert seconds(first, second) == pytest.approx(along)
+    assert seconds(first, first) == pytest.approx(2 * along)
+    assert seconds(plane) == pytest.approx(along)  # two links that are a line's ends
+    assert seconds(first, plane) == seconds(first, second, plane) == pytest.approx(2 * along)
+
+
+def test_an_exchange_takes_the_links_that_rows_pass_on_their_way():
+    line = "  %x = bf16[4,8192,1024] all-to-all(%b), replica_groups={{0,1,2,3}}"
+    found = account_of(f"  %b = bf16[4,8192,1024]{{2,1,0}} parameter(0)\n{line}")
+    sent = 4 * 8192 * 1024 * 2 * 3 / 4
+    assert found.sent[EXCHANGE] == sent
+    assert found.seconds == pytest.approx(sent * (1 + 2 + 1) / 3 / (2 * 100e9 * 0.9))
 
 
 def test_a_sum_over_devices_passes_twice_and_a_scattered_one_once():

@@ -1,5 +1,7 @@
 """Reading compiled programs: lines, shapes, layouts, groups, trips."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from dsjax.errors import UserError
@@ -75,17 +77,33 @@ def test_all_ways_of_writing_groups(attributes: str, group: list[int]):
 def test_links_are_those_of_the_axes_that_a_group_spans():
     chips = whole_slice(V5P, (4, 4, 8))
     assert chips.places[1] == (1, 0, 0)
-    assert chips.links(range(4)) == 2  # a ring along the first axis
-    assert chips.links(range(2)) == 1  # a part of it is a line
-    assert chips.links(range(16)) == 4
-    assert chips.links(range(128)) == 6
+    assert chips.links(range(4), alike=True) == 2  # a ring along the first axis
+    assert chips.links(range(2), alike=True) == 1  # a part of it is a line
+    assert chips.links(range(16), alike=True) == 4
+    assert chips.links(range(128), alike=True) == 6
 
 
-def test_devices_of_one_chip_share_its_links_unless_they_work_together():
+def test_devices_of_one_chip_share_its_links_unless_what_comes_is_for_both():
     chips = whole_slice(*parse_topology("tpu7x:4x4x4"))
     assert chips.places[0] == chips.places[1]
-    assert chips.links(range(128)) == 6
-    assert chips.links(range(0, 128, 2)) == 3
+    assert chips.links(range(128), alike=True) == 6
+    assert chips.links(range(0, 128, 2), alike=True) == 3
+    assert chips.links(range(128), alike=False) == 3
+
+
+@pytest.mark.parametrize(
+    ("slice_", "devices", "hops"),
+    [
+        ("v5p:8x8x8", range(8), (1 + 2 + 3 + 4 + 3 + 2 + 1) / 7),  # a ring
+        ("v5p:4x4x4", [0, 1, 4, 5], (1 + 1 + 2) / 3),  # lines along two axes
+        ("v5p:4x4x4", [0, 1, 2], (3 + 2 + 3) / 6),  # a line, from each of its places
+        ("tpu7x:4x4x4", range(8), (0 + 1 + 1 + 2 + 2 + 1 + 1) / 7),  # two on a chip
+        ("tpu7x:4x4x4", range(2), 1),  # nothing is known of the way within a chip
+    ],
+)
+def test_hops_are_those_to_the_other_devices(slice_: str, devices: Sequence[int], hops: float):
+    found = whole_slice(*parse_topology(slice_)).hops(devices)
+    assert found == pytest.approx(max(hops, 1))
 
 
 @pytest.mark.parametrize(
