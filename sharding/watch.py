@@ -96,7 +96,8 @@ class Watch:
             # What it raises for a lost connection is no class of its own.
             except Exception as error:
                 if not self._stopped.is_set():
-                    leave(f"process 0, which coordinates, is out of reach: {error}", 1)
+                    count = len(self._heard)
+                    leave(f"lost process 0 of {count}, which coordinates: {error}", 1)
                 return
             if end:
                 self._stopped.wait(2.5 * self._period if self._process == 0 else 0.0)
