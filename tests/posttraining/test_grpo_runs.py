@@ -84,7 +84,8 @@ def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(tmp_path: Pat
         rng, kills = random.Random(0), 0
         while kills < KILLS:
             start(broken)
-            if processes.wait(rng.uniform(0, duration)) is None:
+            # Twenty such stretches together are longer than the whole run.
+            if processes.wait(rng.uniform(0, duration / 2)) is None:
                 processes.kill()
                 kills += 1
             else:  # It got through: begin again, so that every kill meets a run.
