@@ -22,10 +22,10 @@ from dsjax.kernels.mla_attention_blocks_tpu import (
     Blocks,
     Heads,
     columns,
+    joined,
     padded,
     place_of,
     product,
-    scores_of,
 )
 
 QUERIES_AT_ONCE = 8192
@@ -94,7 +94,7 @@ def _backward_of_blocks(
         compiler_params=PARAMETERS,
         cost_estimate=blocks.cost(
             attending,
-            (*apart * 3, heads.value, heads.value),
+            (*[sum(apart)] * 3, heads.value, heads.value),
             every_step=sum(apart) + heads.value,
             once=2 * heads.value + 2 * sum(apart) + heads.nope,
         ),
@@ -168,17 +168,18 @@ def _backward(
 
     allowed = blocks.allowed(ahead, query_ids, key_ids)
     for head in range(heads.together):
-        nope, rope, value = columns(heads, head)
-        mine = slice(head, head + 1)
-        scores = scores_of(q_nope[:, nope], q_rope[:, rope], k_nope[:, nope], k_rope[...]) * scale
-        weights = jnp.where(allowed, jnp.exp(scores - log_sum[mine]), 0)
+        mine, (nope, rope, value) = slice(head, head + 1), columns(heads, head)
+        q = joined(q_nope[:, nope], q_rope[:, rope])
+        k = joined(k_nope[:, nope], k_rope[...])
+        weights = jnp.where(allowed, jnp.exp(product(k, q, 1, 1) * scale - log_sum[mine]), 0)
         d_weights = product(v[:, value], d_out[:, value], 1, 1)
         d_scores = (weights * (d_weights - inner[mine, at]) * scale).astype(v.dtype)
         v_sum[:, value] += product(weights.astype(v.dtype), d_out[:, value], 1, 0)
-        k_nope_sum[:, nope] += product(d_scores, q_nope[:, nope], 1, 0)
-        k_rope_sum[...] += product(d_scores, q_rope[:, rope], 1, 0)
-        q_nope_sum[at, nope] += product(d_scores, k_nope[:, nope], 0, 0)
-        q_rope_sum[at, rope] += product(d_scores, k_rope[...], 0, 0)
+        d_k, d_q = product(d_scores, q, 1, 0), product(d_scores, k, 0, 0)
+        k_nope_sum[:, nope] += d_k[:, : heads.nope]
+        k_rope_sum[...] += d_k[:, heads.nope :]
+        q_nope_sum[at, nope] += d_q[:, : heads.nope]
+        q_rope_sum[at, rope] += d_q[:, heads.nope :]
 
     @pl.when(ahead == 0)
     def _() -> None:

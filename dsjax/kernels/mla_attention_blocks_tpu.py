@@ -128,12 +128,19 @@ class Blocks(NamedTuple):
         return pl.BlockSpec(shape, lambda row, group, step, q, k: (row, group, 0, q[step]))
 
     def cost(
-        self, attending: Attending, products: tuple[int, ...], every_step: int, once: int
+        self,
+        attending: Attending,
+        products: tuple[int, ...],
+        every_step: int,
+        once: int,
+        beside: float = 0.0,
     ) -> pl.CostEstimate:
         """What one call does.
 
         Args:
             products: how wide each product of the scores is.
+            beside: how many products as wide as a matrix unit take no longer than the vector work
+                on the scores.
             every_step: numbers of a head and place that come anew with every step.
             once: those that come or go once, for the queries.
         """
@@ -143,7 +150,7 @@ class Blocks(NamedTuple):
         scores = rows * self.heads.count * came * self.size
         numbers = rows * self.heads.count * (came * every_step + places * once)
         return pl.CostEstimate(
-            flops=2 * scores * sum(-(-width // unit) * unit for width in products),
+            flops=round(2 * scores * unit * max(sum(-(-w // unit) for w in products), beside)),
             bytes_accessed=numbers * attending.v.dtype.itemsize,
             transcendentals=scores,
         )
@@ -175,9 +182,12 @@ def columns(heads: Heads, head: int) -> tuple[slice, slice, slice]:
     return nope, rope, value
 
 
-def scores_of(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array) -> Array:
-    """Of a block of one head's, [K, Q], before they are scaled."""
-    return product(k_nope, q_nope, 1, 1) + product(k_rope, q_rope, 1, 1)
+def joined(nope: Array, rope: Array) -> Array:
+    """A block of one head's queries or keys, [., N + R].
+
+    A matrix unit that is 256 wide takes both halves at once; apart, each would fill a part of it.
+    """
+    return jnp.concatenate([nope, rope], axis=1)
 
 
 def product(a: Array, b: Array, of_a: int, of_b: int) -> Array:

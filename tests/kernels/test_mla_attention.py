@@ -109,8 +109,17 @@ def test_blocks_that_no_query_sees_are_no_steps():
     assert (np.diff(by_key.keys_of_step) >= 0).all()
 
 
-def test_the_compiler_is_told_what_is_computed(monkeypatch):
-    """Whole blocks, and a rotary half that fills half of a matrix unit as a whole one."""
+@pytest.mark.parametrize(
+    ("unit", "widths"),
+    [
+        (128, 256 + 128),
+        # Both halves at once, and less than the vector work on the scores.
+        (256, 2.62 * 256),
+    ],
+)
+def test_the_compiler_is_told_what_is_computed(unit, widths, monkeypatch):
+    """Whole blocks, and of every product the whole matrix units."""
+    monkeypatch.setattr(blocks_tpu, "matrix_unit", lambda: unit)
     told = []
     monkeypatch.setattr(
         pl, "pallas_call", lambda *_, cost_estimate, **__: told.append(cost_estimate) or 1 / 0
@@ -119,7 +128,7 @@ def test_the_compiler_is_told_what_is_computed(monkeypatch):
         forward(attending(WIDE, 1024, 1, jnp.bfloat16), WIDE.count, 0.2)
     (cost,) = told
     scores = 2 * 2 * 3 * 512**2
-    assert cost.flops == 2 * scores * (128 + 128 + 128)
+    assert cost.flops == round(2 * scores * widths)
     assert cost.transcendentals == scores
     keys_and_values, queries_and_out = 128 + 128 + 64 // 2, 128 + 64 + 128
     assert cost.bytes_accessed == 2 * 2 * 2 * (3 * 512 * keys_and_values + 1024 * queries_and_out)
