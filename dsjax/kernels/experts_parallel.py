@@ -118,11 +118,10 @@ def _forward(
             _introduce(axis, journey, 0, weights, experts, gates)
             for journey, (_, experts, gates) in zip(journeys, parts, strict=True)
         ]
-        # A few numbers, and the weights that are gathered, go before rows, and wait for none.
-        rows = [x for x, _, _ in parts]
-        rows, first, ready = lax.optimization_barrier((rows, first, weights))
+        # A few numbers go before rows, and wait for none.
+        rows, first = lax.optimization_barrier(([x for x, _, _ in parts], first))
         y = [
-            travel(ready, rounds[1 + i], journeys[i], rows[i], experts, gates, first[i])
+            travel(weights, rounds[1 + i], journeys[i], rows[i], experts, gates, first[i])
             for i, (_, experts, gates) in enumerate(parts)
         ]
         return jnp.concatenate(y)
@@ -159,8 +158,10 @@ def _travel(
 
 
 def _backward(axis: str, reach: int, saved: _Saved, dy: Array) -> tuple[Array, SwiGLU, None, Array]:
+    weights, experts, rounds, given = saved.weights, saved.experts, saved.rounds, saved.given
     # The barrier keeps XLA from seeing that x travelled before, and keeping what arrived till now.
-    (x, weights, experts, gates, rounds, given), dy = lax.optimization_barrier((saved, dy))
+    # Weights, which may still be on their way, do not wait before it.
+    x, gates, dy = lax.optimization_barrier((saved.x, saved.gates, dy))
     journey = _plan(axis, weights, experts)
     send = partial(_send, axis, reach, experts)
 
