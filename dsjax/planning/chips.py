@@ -110,7 +110,8 @@ class Slice:
             way.chips / 4 if way.closed else (way.chips - 1 / way.chips) / 3
             for way in self.ways(group)
         )  # to any device, the sender itself among them
-        return max(hops * len(group) / (len(group) - 1), 1)
+        others = max(len(group) - 1, 1)
+        return max(hops * len(group) / others, 1)
 
 
 def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:

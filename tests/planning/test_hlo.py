@@ -98,6 +98,7 @@ def test_devices_of_one_chip_share_its_links_unless_what_comes_is_for_both():
         ("v5p:4x4x4", [0, 1, 4, 5], (1 + 1 + 2) / 3),  # lines along two axes
         ("v5p:4x4x4", [0, 1, 2], (3 + 2 + 3) / 6),  # a line, from each of its places
         ("tpu7x:4x4x4", range(8), (0 + 1 + 1 + 2 + 2 + 1 + 1) / 7),  # two on a chip
+        ("v5p:4x4x4", [5], 1),  # XLA writes groups of one, too
         ("tpu7x:4x4x4", range(2), 1),  # nothing is known of the way within a chip
     ],
 )
