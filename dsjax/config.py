@@ -119,6 +119,9 @@ class MeshConfig(Section):
     context: int = Field(default=1, ge=1)
     tensor: int = Field(default=1, ge=1)
     dcn: DcnConfig = DcnConfig()
+    boxes: dict[str, Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=3)]] = Field({})
+    """Chips of a TPU slice's torus that an axis spans, such as `{expert: [4, 2, 1]}`; one axis
+    takes what is left. By default jax chooses."""
 
 
 class DistributedConfig(Section):

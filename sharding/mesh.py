@@ -24,6 +24,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dsjax.errors import UserError
+from sharding.torus import fill_torus
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -33,6 +34,7 @@ def make_mesh(
     devices: Sequence[Any] | None = None,
     *,
     dcn: Mapping[str, int] | None = None,
+    boxes: Mapping[str, Sequence[int]] | None = None,
 ) -> Mesh:
     """Lay devices out along `AXES`; an axis of size "auto" takes what the others leave.
 
@@ -44,16 +46,24 @@ def make_mesh(
         devices: all by default; those of a described topology do as well.
         dcn: slices along each axis. A slice is what the devices say they are in; where they do
             not say (GPUs of older runtimes, CPUs), what one process has.
+        boxes: chips of a TPU slice's torus that an axis spans, such as (4, 2, 1). All axes but one
+            have a box then, or one device; that one takes what is left, with all devices of a chip.
+            By default jax chooses.
 
     Raises:
-        UserError: an axis is unknown, the sizes do not multiply to the number of devices, or those
-            between slices not to the number of slices.
+        UserError: an axis is unknown, the sizes do not multiply to the number of devices, those
+            between slices not to the number of slices, or boxes do not fill the torus.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"fsdp": "auto"} if sizes is None else sizes
     across = _across(dcn or {}, devices)
     within = _within(sizes, len(devices), math.prod(across))
-    return Mesh(_arrange(within, across, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if boxes:
+        _check_names(boxes, "mesh.boxes")
+        arranged = fill_torus(dict(zip(AXES, within, strict=True)), boxes, across, devices)
+    else:
+        arranged = _arrange(within, across, devices)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _arrange(

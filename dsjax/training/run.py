@@ -111,9 +111,12 @@ def make_layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layo
     """
     if unknown := sorted(set(config.rules) - set(TRAIN_RULES)):
         raise UserError(f"rules: unknown logical axis {unknown[0]!r}; known: {sorted(TRAIN_RULES)}")
-    sizes, dcn = config.mesh.model_dump(exclude={"dcn"}), config.mesh.dcn.model_dump()
+    mesh = config.mesh
+    sizes, dcn = mesh.model_dump(exclude={"dcn", "boxes"}), mesh.dcn.model_dump()
     changes = {name: tuple(axes) for name, axes in config.rules.items()}
-    layout = Layout(make_mesh(sizes, devices, dcn=dcn), {**TRAIN_RULES, **changes})
+    layout = Layout(
+        make_mesh(sizes, devices, dcn=dcn, boxes=mesh.boxes), {**TRAIN_RULES, **changes}
+    )
     for name in layout.rules:
         layout.gathered_axes(name)
     return layout

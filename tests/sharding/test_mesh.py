@@ -20,15 +20,15 @@ class Device(SimpleNamespace):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
-def tpus(slices: int) -> list[Any]:
-    """Slices of v5p 2x2x4, as a described topology has them."""
+def tpus(slices: int, cores: int = 1) -> list[Any]:
+    """Slices of 2x2x4 chips, v5p's or with more devices each, as a described topology has them."""
     return [
         Device(
             platform="tpu",
             device_kind="TPU v5",
-            id=16 * number + 4 * z + 2 * y + x,
+            id=cores * (16 * number + 4 * z + 2 * y + x) + core,
             coords=(x, y, z),
-            core_on_chip=0,
+            core_on_chip=core,
             slice_index=number,
             process_index=4 * number + z,
         )
@@ -36,6 +36,7 @@ def tpus(slices: int) -> list[Any]:
         for z in range(4)
         for y in range(2)
         for x in range(2)
+        for core in range(cores)
     ]
 
 
@@ -49,7 +50,7 @@ def gpus(hosts: int) -> list[Any]:
 
 def test_the_configuration_has_every_axis() -> None:
     assert tuple(DcnConfig.model_fields) == AXES
-    assert tuple(MeshConfig.model_fields) == (*AXES, "dcn")
+    assert tuple(MeshConfig.model_fields) == (*AXES, "dcn", "boxes")
 
 
 def test_axes_are_long_by_slices_and_devices_and_slices_are_outermost() -> None:
@@ -70,6 +71,40 @@ def test_processes_are_slices_where_devices_name_none() -> None:
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, gpus(2), dcn={"data": 2})
     assert [[d.process_index for d in part.flat] for part in mesh.devices] == [[0] * 4, [1] * 4]
     assert make_mesh({"fsdp": "auto"}, gpus(2)).shape["fsdp"] == 8
+
+
+def test_an_axis_spans_boxes_of_the_torus_and_another_takes_what_is_left() -> None:
+    boxes = {"expert": [2, 1, 2]}
+    mesh = make_mesh({"fsdp": "auto", "expert": 4}, tpus(2, cores=2), dcn={"data": 2}, boxes=boxes)
+    assert dict(mesh.shape) == dict(data=2, fsdp=8, expert=4, context=1, tensor=1)
+    devices = mesh.devices[:, :, :, 0, 0]
+    assert len(set(devices.flat)) == 64
+    for number, of_slice in enumerate(devices):
+        assert {device.slice_index for device in of_slice.flat} == {number}
+        for group in of_slice:
+            x, y, z = ({device.coords[axis] for device in group} for axis in range(3))
+            assert x == {0, 1} and len(y) == 1 and z in ({0, 1}, {2, 3})
+            assert len({device.core_on_chip for device in group}) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "boxes", "message"),
+    [
+        ({"expert": 4}, gpus(1), {"expert": [4]}, "gpu has no torus; leave them out"),
+        ({"fsdp": 8, "tensor": 2}, tpus(1), {"exprt": [2]}, "mesh.boxes: unknown axis 'exprt'"),
+        ({"fsdp": 8, "tensor": 2}, tpus(1), {"data": [1]}, r"\['fsdp', 'tensor'\] have none"),
+        ({"fsdp": 4, "expert": 4}, tpus(1), {"expert": [2]}, "expert has 4 devices and a box of 2"),
+        ({"fsdp": 4, "expert": 4}, tpus(1), {"expert": [4]}, r"\[4\]} do not fill 2x2x4"),
+        ({"expert": 16}, tpus(1), {"expert": [2, 2, 2]}, "expert has 16 devices and a box of 8"),
+        ({"expert": 32}, tpus(1, cores=2), {"expert": [2, 2, 8]}, "do not fill 2x2x4 chips"),
+    ],
+)
+def test_boxes_that_do_not_fill_the_torus_are_refused(
+    sizes: dict, devices: list, boxes: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        make_mesh(sizes, devices, boxes=boxes)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
