@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.architecture import DeepSeekConfig
@@ -38,6 +39,14 @@ from sharding.by_hand import (
     travel_axis,
 )
 from sharding.rules import constrain
+
+CHOSEN = "chosen experts"
+"""The name of the choice, and of what is counted of it: a few numbers a token. Kept, the backward
+pass sends tokens where the forward pass did, though it might round a score differently."""
+
+LOGITS = "router logits"
+"""The name of what scores are made of: kept, no router is computed twice, and tokens can be sent
+before anything is."""
 
 
 class Routing(NamedTuple):
@@ -91,6 +100,7 @@ def choose_experts(
     _, experts = jax.lax.top_k(steering, config.num_experts_per_tok)
     if given is not None:
         experts = jnp.where(given >= 0, given, experts)
+    experts = checkpoint_name(experts, CHOSEN)
     gates = jnp.take_along_axis(scores, experts, axis=1)
     if config.norm_topk_prob:
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
@@ -118,6 +128,7 @@ class Router(nnx.Module):
             (((1,), (1,)), ((), ())),
             precision=jax.lax.Precision.HIGHEST,
         )
+        logits = checkpoint_name(logits, LOGITS)
         if self.config.scoring_func == "sigmoid":
             scores = jax.nn.sigmoid(logits)
         else:
@@ -255,5 +266,6 @@ def expert_stats(routing: Routing, valid: Bool[Array, "B S"]) -> ExpertStats:
     _, top = jax.lax.top_k(jax.lax.stop_gradient(scores), choices)
     hits = (top[..., None] == jnp.arange(experts)[None, None, None]).any(2)
     f = summed((hits * counted).sum(1), "sequence") * experts / (choices * tokens)
+    f = checkpoint_name(f, CHOSEN)
     p = (scores / scores.sum(-1, keepdims=True) * counted).sum(1) / tokens
     return ExpertStats(load, (f * p).sum())

@@ -21,7 +21,7 @@ from dsjax.architecture import ModelConfig
 from dsjax.kernels import experts_parallel
 from dsjax.model.block import ATTENDED, Block, make_stack
 from dsjax.model.layers import Embedding, Linear, RMSNorm, use
-from dsjax.model.moe import ExpertStats, expert_stats
+from dsjax.model.moe import CHOSEN, LOGITS, ExpertStats, expert_stats
 from dsjax.model.mtp import Ahead, make_mtp, reaches, shift
 from dsjax.model.rope import rotary_table
 from sharding.by_hand import is_gathering, sequence_part
@@ -199,16 +199,16 @@ def rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., A
     if remat == "keep_all" and not is_gathering():
         return function
     ready_made = jax.checkpoint_policies
-    rounds = experts_parallel.KEPT
+    small = experts_parallel.KEPT, CHOSEN
     policies = {
         "keep_all": _all_but_gathered_weights,
         "keep_matmuls": ready_made.save_from_both_policies(
-            ready_made.dots_with_no_batch_dims_saveable, ready_made.save_only_these_names(rounds)
+            ready_made.dots_with_no_batch_dims_saveable, ready_made.save_only_these_names(*small)
         ),
-        "keep_attention": ready_made.save_only_these_names(_LAYER_INPUT, ATTENDED, rounds),
-        "keep_layer_inputs": ready_made.save_only_these_names(_LAYER_INPUT, rounds),
+        "keep_attention": ready_made.save_only_these_names(_LAYER_INPUT, ATTENDED, LOGITS, *small),
+        "keep_layer_inputs": ready_made.save_only_these_names(_LAYER_INPUT, *small),
         "keep_layer_inputs_on_host": ready_made.save_and_offload_only_these_names(
-            names_which_can_be_saved=[rounds],
+            names_which_can_be_saved=[*small],
             names_which_can_be_offloaded=[_LAYER_INPUT],
             offload_src="device",
             offload_dst="pinned_host",

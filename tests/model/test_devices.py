@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from reference.weights import place, random_weights
 from dsjax.architecture import DeepSeekConfig
 from dsjax.errors import UserError
 from dsjax.model.layers import tree_shardings, variables
-from dsjax.model.transformer import Transformer
+from dsjax.model.transformer import Remat, Transformer
 from sharding.mesh import make_mesh
 from sharding.rules import DECODE_RULES, Layout, use_layout
 
@@ -65,6 +65,21 @@ def test_recomputation_leaves_the_gradients_as_they_are(
     assert largest_difference(gradient, expected) < 1e-6
     assert abs(loss - expected_loss) < 1e-6 * expected_loss
     assert (sums.load == expected_sums.load).all()
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+def test_experts_are_chosen_once_whatever_is_recomputed(
+    model: Transformer, batch: tuple[jax.Array, jax.Array], remat: Any
+) -> None:
+    """The choice is kept: made again, from scores rounded otherwise, it might be another one."""
+    chosen, trained = (
+        str(jax.make_jaxpr(function)(model, *batch)).count(" top_k[")
+        for function in (
+            lambda model, tokens, ids: model.look_ahead(model(tokens, segment_ids=ids)).load,
+            partial(loss_and_gradient, remat=remat),
+        )
+    )
+    assert trained == chosen > 0
 
 
 @pytest.mark.slow
