@@ -107,6 +107,10 @@ class DcnConfig(Section):
     tensor: int = Field(default=1, ge=1)
 
 
+Box = Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=3)]
+"""Chips along each dimension of a torus."""
+
+
 class MeshConfig(Section):
     """Devices along each named axis of a slice; `fsdp: auto` takes all that the others leave.
 
@@ -119,7 +123,7 @@ class MeshConfig(Section):
     context: int = Field(default=1, ge=1)
     tensor: int = Field(default=1, ge=1)
     dcn: DcnConfig = DcnConfig()
-    boxes: dict[str, Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=3)]] = Field({})
+    boxes: dict[str, Box] = Field(default={})
     """Chips of a TPU slice's torus that an axis spans, such as `{expert: [4, 2, 1]}`; one axis
     takes what is left. By default jax chooses."""
 
