@@ -30,8 +30,17 @@ _TOKENS_BESIDE = {
     # Tokens travel to their experts while others of the layer's products go on.
     "xla_tpu_enable_async_ragged_all_to_all": "true",
 }
+_WEIGHTS_BESIDE = {
+    # Weights are gathered by the sparse cores as well, along one axis of the torus or two,
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+    "xla_tpu_enable_all_gather_offload_tracing": "true",
+    # and what they are to do may wait for them in a queue, instead of the other cores.
+    "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": "true",
+    "xla_tpu_enable_concurrent_sparse_core_offloading": "true",
+}
 FLAGS: dict[str, dict[str, str]] = {
-    "v5p": _SUMS_BESIDE | _SUMS_HIDDEN | _TOKENS_BESIDE,
+    "v5p": _SUMS_BESIDE | _SUMS_HIDDEN | _TOKENS_BESIDE | _WEIGHTS_BESIDE,
     # Its sparse cores take sums and gathers of weights without being told.
     "tpu7x": _SUMS_HIDDEN
     | _TOKENS_BESIDE
@@ -39,6 +48,12 @@ FLAGS: dict[str, dict[str, str]] = {
         # They would also take rows of tokens, but libtpu 0.0.42.1 aborts at rows of 7,168 numbers:
         # "Not enough space for TILESPMEM spill".
         "xla_tpu_offload_gather_to_sparsecore": "false",
+        # Nor are arrays laid out anew there: what the next product waits for would stand in their
+        # queue behind the gathers and sums of a whole layer.
+        "xla_tpu_enable_offloading_copy_to_sparsecore": "false",
+        "xla_tpu_enable_offloading_reshape_to_sparsecore": "false",
+        # Arrays of bfloat16 lie in tiles of eight rows, as kernels take them, and not of sixteen.
+        "xla_tpu_control_large_2nd_minor_layout_for_x16": "false",
         # Exchanges, gathers and sums are begun early and waited for late: all three were tried
         # together, in a step that holds 88 of 103 GB.
         "xla_tpu_scheduler_percent_shared_memory_limit": "150",
