@@ -12,12 +12,12 @@ INPUTS := pyproject.toml constraints.txt
 # what the package index calls torch 2.13.0, which brings CUDA's libraries along on Linux.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-fast recipes parity lint format clean
+.PHONY: help demo test test-slow recipes parity lint format clean
 
 help:
 	@echo "make demo       train a small DeepSeek-V3 on the CPU, in minutes; results in runs/demo"
-	@echo "make test       all tests but those of recipes and of parity"
-	@echo "make test-fast  without the slow ones"
+	@echo "make test       the tests, in ten minutes"
+	@echo "make test-slow  those that take long: killed runs, many processes, every mesh"
 	@echo "make recipes    the small recipes of configs/r1, minutes each"
 	@echo "make parity     the same numbers as transformers (installs torch)"
 	@echo "make lint       format, lint and types"
@@ -28,10 +28,10 @@ demo: .venv/made
 	$(BIN)/python train.py
 
 test: .venv/made-test
-	$(PYTEST) -m "not recipe"
-
-test-fast: .venv/made-test
 	$(PYTEST) -m "not slow and not recipe"
+
+test-slow: .venv/made-test
+	$(PYTEST) -m "slow and not recipe"
 
 recipes: .venv/made-test
 	$(PYTEST) -m recipe

@@ -155,13 +155,11 @@ print("done")
 """
 
 
-@pytest.mark.slow
 def test_processes_exchange_values_and_share_an_array() -> None:
     for end in play(EXCHANGE, count=3):
         assert end.code == 0 and end.out.endswith("done\n"), end.err
 
 
-@pytest.mark.slow
 def test_what_processes_disagree_on_is_named_by_all() -> None:
     found = play('agree("the configuration", {"a": {"b": process}, "c": 3})')
     said = "the processes disagree on the configuration: a.b is 1 here and 0 on process 0"

@@ -52,6 +52,9 @@ MESHES: list[tuple[dict[str, int], Rules]] = [
     ({"data": 2, "fsdp": 4}, {"expert": ("fsdp",), "expert_embed": (), "expert_mlp_rows": ()}),
 ]
 
+ALWAYS = (dict.fromkeys(TRIPLES[0], 2), {})
+"""The mesh that a short run of the tests has."""
+
 
 def name_of(case: Any) -> str:
     return "_".join(f"{name}{size}" for name, size in case[0].items()) + "_by_expert" * bool(
@@ -115,8 +118,13 @@ def assert_equal(found: tuple[Any, Sums], expected: tuple[Any, Sums]) -> None:
         assert np.abs(np.asarray(one[...]) - want).max() <= EXACT * max(largest, 1e-30), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MESHES, ids=name_of)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(mesh, id=name_of(mesh), marks=[] if mesh == ALWAYS else [pytest.mark.slow])
+        for mesh in MESHES
+    ],
+)
 def test_a_mesh_computes_what_one_device_does(case: Any, model: Transformer, alone: Run) -> None:
     layout = layout_of(*case)
     found = Run(layout)(model)

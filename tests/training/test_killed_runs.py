@@ -19,7 +19,6 @@ from dsjax.training.step import init_state
 from tests.forked import Forks, forks
 from tests.training.runs import ENVIRONMENT, config, overrides, write_corpus
 
-KILLS, INSIDE_A_SAVE = 20, 5
 STEPS = 40
 CHANGES = {
     "training__tokens": STEPS * 8 * 32,
@@ -50,12 +49,14 @@ def restored(settings, run_dir: Path):
     return step, jax.tree.map(np.asarray, state), batches
 
 
-@pytest.mark.slow
-def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(tmp_path):
+@pytest.mark.parametrize(
+    ("kills", "inside_a_save"), [(3, 1), pytest.param(20, 5, marks=pytest.mark.slow)]
+)
+def test_a_run_killed_many_times_equals_the_unbroken_one_bitwise(kills, inside_a_save, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     with forks(tmp_path / "output.txt", ENVIRONMENT) as processes:
-        kill_twenty_times(processes, corpus, whole, broken)
+        kill(processes, corpus, whole, broken, kills, inside_a_save)
 
     settings = config(corpus, whole, **CHANGES)
     (step, state, batches), (step_2, state_2, batches_2) = (
@@ -78,8 +79,10 @@ def test_a_run_killed_twenty_times_equals_the_unbroken_one_bitwise(tmp_path):
     assert losses[0] == losses[1]
 
 
-def kill_twenty_times(processes: Forks, corpus: Path, whole: Path, broken: Path) -> None:
-    """One run in one piece, another in twenty-one, of which at least five end within a save."""
+def kill(
+    processes: Forks, corpus: Path, whole: Path, broken: Path, fewest: int, fewest_inside: int
+) -> None:
+    """One run in one piece, another in one more than its kills, some of them within a save."""
 
     def start(run_dir: Path) -> None:
         processes.start("train", "cpu-tiny", *overrides(corpus, run_dir, **CHANGES))
@@ -95,8 +98,8 @@ def kill_twenty_times(processes: Forks, corpus: Path, whole: Path, broken: Path)
     clear(broken)
     rng = random.Random(0)
     inside = kills = 0
-    while kills < KILLS or inside < INSIDE_A_SAVE:
-        assert kills < 3 * KILLS, f"only {inside} of {kills} kills met an open save"
+    while kills < fewest or inside < fewest_inside:
+        assert kills < 3 * fewest, f"only {inside} of {kills} kills met an open save"
         start(broken)
         # From the start to well among the steps and their saves; twenty such stretches together
         # are longer than the whole run.
