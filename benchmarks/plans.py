@@ -25,7 +25,7 @@ BEGIN, END = "<!-- plans -->", "<!-- end of plans -->"
 """What the table stands between."""
 
 PLANS = [
-    # Four microbatches: 49,152 tokens on a v5p, and on each of a TPU7x's two devices.
+    # Four microbatches, or three: 49,152 tokens on a v5p, and on each of a TPU7x's two devices.
     ["v3-671b-v5p-512", "--topology", "v5p:8x8x8", "training.batch_size=6144"],
     ["v3-671b-tpu7x-256", "--topology", "tpu7x:4x8x8", "training.batch_size=6144"],
     ["v2-lite-16b-v5e-16", "--topology", "v5e:4x4"],
