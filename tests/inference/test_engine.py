@@ -75,6 +75,7 @@ def test_greedy_tokens_are_the_likeliest_of_one_pass_over_everything(
         assert np.abs(np.array([[v for _, v in one.top] for one in said]) - best).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_two_hundred_prompts_say_the_same_alone_in_any_company_and_with_drafts(
     plain: Engine, drafting: Engine
 ) -> None:

@@ -56,6 +56,7 @@ def test_sampling_repeats_with_its_seed_and_keeps_within_the_vocabulary(model):
     assert max(token for made in one for token in made) < 50
 
 
+@pytest.mark.slow
 def test_sampled_tokens_have_the_probabilities_of_the_softmax(model):
     logits = np.asarray(model(jnp.asarray([[0, 5]])).logits)[0, -1, :4]
     made = generate(model, [[0, 5]] * 4096, max_new_tokens=1, temperature=1.5, seed=3, vocab_size=4)

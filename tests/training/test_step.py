@@ -119,7 +119,11 @@ def test_bias_state_is_no_parameter(start):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"data": 2, "expert": 2, "tensor": 2}], ids=["fsdp", "mixed"]
+    "sizes",
+    [
+        pytest.param({"fsdp": 8}, id="fsdp", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "expert": 2, "tensor": 2}, id="mixed"),
+    ],
 )
 def test_the_step_on_eight_devices_equals_one(start, step, sizes):
     layout = Layout(make_mesh(sizes))
