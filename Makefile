@@ -17,7 +17,8 @@ TORCH ?= torch==2.13.0
 help:
 	@echo "make demo       train a small DeepSeek-V3 on the CPU, in minutes; results in runs/demo"
 	@echo "make test       the tests, in ten minutes"
-	@echo "make test-slow  those that take long: killed runs, many processes, every mesh"
+	@echo "make test-slow  those that take long: killed runs, many processes, every mesh;"
+	@echo "                TESTS=tests/training has those of a folder"
 	@echo "make recipes    the small recipes of configs/r1, minutes each"
 	@echo "make parity     the same numbers as transformers (installs torch)"
 	@echo "make lint       format, lint and types"
@@ -31,7 +32,7 @@ test: .venv/made-test
 	$(PYTEST) -m "not slow and not recipe"
 
 test-slow: .venv/made-test
-	$(PYTEST) -m "slow and not recipe"
+	$(PYTEST) -m "slow and not recipe" $(TESTS)
 
 recipes: .venv/made-test
 	$(PYTEST) -m recipe
