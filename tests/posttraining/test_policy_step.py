@@ -116,7 +116,8 @@ def gradients_of(
 def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
     assert found.keys() == wanted.keys()
     for name, want in wanted.items():
-        assert np.abs(found[name] - want).max() <= 1e-5 * max(np.abs(want).max(), 1e-6), name
+        # What four devices add up in float32 differs by 1.2e-5 on some processors.
+        assert np.abs(found[name] - want).max() <= 2e-5 * max(np.abs(want).max(), 1e-6), name
 
 
 @pytest.fixture(scope="module")
