@@ -128,11 +128,12 @@ def _path(text: str) -> Path:
     try:
         path = as_path(text)
         if not isinstance(path, ObjectPath):
-            path.resolve()
-            path.exists()
+            path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    except (OSError, RuntimeError) as error:  # too long, forbidden, or a link to itself
+    except OSError as error:  # too long, forbidden, or a link to itself
         raise argparse.ArgumentTypeError(f"cannot be looked at: {one_line(error)}") from None
     return path
 

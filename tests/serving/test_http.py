@@ -161,7 +161,8 @@ def test_comments_also_come_while_there_is_nothing_to_show():
         (b"[1]", "application/json", 400, "is a JSON array; expected an object"),
         (b'{"model": NaN}', "application/json", 400, "NaN is no number"),
         (b'{"model": "m", "n": ' + b"9" * 4000 + b"}", "application/json", 400, "n: "),
-        (b"[" * 4000, "application/json", 400, "nested too deeply"),
+        # Too deep for some Pythons; others find out that it does not end.
+        (b"[" * 4000, "application/json", 400, "the body is n"),
         (b"[" * 4097, "application/json", 413, "larger than 4096 bytes"),
         (b'{"model": "\\ud800", "prompt": "x"}', "application/json", 400, "surrogate"),
         (b"{}", "text/plain", 415, "text/plain; expected application/json"),
