@@ -45,7 +45,7 @@ def fill_torus(
         raise UserError(f"mesh.boxes: {free} have none; only one axis can take what is left")
     slices: dict[int, list[Any]] = {}
     for device in devices:
-        slices.setdefault(device.slice_index if math.prod(across) > 1 else 0, []).append(device)
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
     parts = [_fill_one(sizes, boxes, free, slices[number]) for number in sorted(slices)]
     blocks = np.stack(parts).reshape(*across, *sizes.values())
     return _interleave(blocks, 2).reshape(np.multiply(across, [*sizes.values()]))
