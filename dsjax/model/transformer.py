@@ -34,8 +34,8 @@ Remat = Literal[
     "keep_layer_inputs",
     "keep_layer_inputs_on_host",
 ]
-"""What the backward pass finds in memory, the device's or the host's; everything but the
-choice of experts is computed again then, and gathered weights gathered again, whatever is kept."""
+"""What the backward pass finds in memory, the device's or the host's, and the choice of
+experts always; what is not there is computed again, and gathered weights are gathered again."""
 
 _LAYER_INPUT = "layer_input"
 
