@@ -45,14 +45,16 @@ class MissingProcessError(RuntimeError):
 
 
 @contextmanager
-def processes(settings: DistributedConfig) -> Iterator[None]:
+def processes(settings: DistributedConfig, devices: int = 1) -> Iterator[None]:
     """Join the other processes, and leave together with them.
+
+    A mesh will want so many `devices` of all: CPUs can stand for them.
 
     A `UserError` that leaves the context in one process ends all of them with exit code 2; any
     other exception, or a process that is lost, with 1: each with one line, within a minute. A
     single process is left alone.
     """
-    start(settings)
+    start(settings, devices)
     if is_alone():
         yield
         return

@@ -24,6 +24,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from dsjax.errors import UserError
+from sharding.cpu_devices import make_cpu_devices
 from sharding.torus import fill_torus
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -43,7 +44,8 @@ def make_mesh(
 
     Args:
         sizes: devices along each axis within a slice; axes left out have one.
-        devices: all by default; those of a described topology do as well.
+        devices: all by default, of which a CPU has as many as are asked for; those of a described
+            topology do as well.
         dcn: slices along each axis. A slice is what the devices say they are in; where they do
             not say (GPUs of older runtimes, CPUs), what one process has.
         boxes: chips of a TPU slice's torus that an axis spans, such as (4, 2, 1). All axes but one
@@ -54,8 +56,10 @@ def make_mesh(
         UserError: an axis is unknown, the sizes do not multiply to the number of devices, those
             between slices not to the number of slices, or boxes do not fill the torus.
     """
-    devices = jax.devices() if devices is None else list(devices)
     sizes = {"fsdp": "auto"} if sizes is None else sizes
+    if devices is None:
+        make_cpu_devices(devices_wanted(sizes, dcn or {}))
+        devices = jax.devices()
     across = _across(dcn or {}, devices)
     within = _within(sizes, len(devices), math.prod(across))
     if boxes:
@@ -64,6 +68,12 @@ def make_mesh(
     else:
         arranged = _arrange(within, across, devices)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def devices_wanted(sizes: Mapping[str, int | str], dcn: Mapping[str, int]) -> int:
+    """How many devices a mesh needs at least: an axis of size "auto" is content with one."""
+    named = [int(size) for size in sizes.values() if size != "auto"]
+    return math.prod([*named, *dcn.values()])
 
 
 def _arrange(

@@ -21,6 +21,7 @@ from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
 from dsjax.config import DistributedConfig
 from dsjax.errors import UserError
+from sharding.cpu_devices import make_cpu_devices
 from sharding.flags import set_flags
 from sharding.watch import on_abort
 
@@ -36,10 +37,11 @@ class Place(NamedTuple):
     """Which of its host's devices it takes; None: all."""
 
 
-def start(settings: DistributedConfig) -> None:
+def start(settings: DistributedConfig, devices: int = 1) -> None:
     """Start `jax.distributed`, before anything has asked jax for a device; at most once.
 
-    XLA is told what helps on the accelerator that TPU_ACCELERATOR_TYPE names.
+    XLA is told what helps on the accelerator that TPU_ACCELERATOR_TYPE names. Where there is none,
+    CPUs stand for `devices` devices in all.
 
     Raises:
         UserError: settings contradict each other, are incomplete, or cannot be used.
@@ -48,14 +50,11 @@ def start(settings: DistributedConfig) -> None:
     if jax.distributed.is_initialized():
         return
     place = find_place(settings)
+    make_cpu_devices(devices, 1 if place is None else place.processes)
     if place is None or place.processes == 1:
         return
     # A SIGTERM is ours to answer, and its own way of telling all is not used.
     jax.config.update("jax_enable_preemption_service", False)
-    # Devices of a CPU otherwise start independent collectives in orders of their own, and hang.
-    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    if jax.config.jax_platforms == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     _connect(place, settings.initialization_timeout)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
-from dsjax.config import RunConfig, TrainRunConfig
+from dsjax.config import MeshConfig, RunConfig, TrainRunConfig
 from dsjax.config_files import write_config
 from dsjax.data.batches import Batches
 from dsjax.data.held_out import HeldOutRows
@@ -34,7 +34,6 @@ from dsjax.model.layers import tree_shardings
 from dsjax.places import as_path
 from dsjax.small_files import write_whole
 from dsjax.training.bucket_metrics import open_log, read_records
-from dsjax.training.host_memory import keep_freed_memory
 from dsjax.training.loop import Clock, StepMaker, TrainingLoop
 from dsjax.training.picture import draw_run
 from dsjax.training.profile import StepProfiler
@@ -44,7 +43,7 @@ from dsjax.training.step import TrainState, kept, make_train_step
 from dsjax.training.summary import show_summary, summary_of
 from sharding.context_parallel import check_context
 from sharding.distributed import agree, is_first, local_rows, processes, share
-from sharding.mesh import make_mesh
+from sharding.mesh import devices_wanted, make_mesh
 from sharding.rules import TRAIN_RULES, Layout, use_layout
 
 
@@ -86,11 +85,9 @@ def together(config: RunConfig, console: Console) -> Iterator[Console]:
     Raises:
         UserError: they differ in configuration, devices or versions.
     """
-    with processes(config.distributed):
+    with processes(config.distributed, devices_wanted(*_sizes(config.mesh))):
         agree("the configuration", config.model_dump(exclude={"distributed"}))
         agree("the environment", _environment())
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
         yield console if is_first() else Console(quiet=True)
 
 
@@ -103,6 +100,11 @@ def _environment() -> dict[str, Any]:
     }
 
 
+def _sizes(mesh: MeshConfig) -> tuple[dict[str, Any], dict[str, int]]:
+    """Devices along each axis within a slice, and slices along each."""
+    return mesh.model_dump(exclude={"dcn", "boxes"}), mesh.dcn.model_dump()
+
+
 def make_layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:
     """The mesh of a run over all devices, or these, and its rule table.
 
@@ -111,12 +113,10 @@ def make_layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layo
     """
     if unknown := sorted(set(config.rules) - set(TRAIN_RULES)):
         raise UserError(f"rules: unknown logical axis {unknown[0]!r}; known: {sorted(TRAIN_RULES)}")
-    mesh = config.mesh
-    sizes, dcn = mesh.model_dump(exclude={"dcn", "boxes"}), mesh.dcn.model_dump()
     changes = {name: tuple(axes) for name, axes in config.rules.items()}
-    layout = Layout(
-        make_mesh(sizes, devices, dcn=dcn, boxes=mesh.boxes), {**TRAIN_RULES, **changes}
-    )
+    sizes, dcn = _sizes(config.mesh)
+    mesh = make_mesh(sizes, devices, dcn=dcn, boxes=config.mesh.boxes)
+    layout = Layout(mesh, {**TRAIN_RULES, **changes})
     for name in layout.rules:
         layout.gathered_axes(name)
     return layout
