@@ -26,7 +26,7 @@ help:
 	@echo "make clean      remove environment and caches; runs stay"
 
 demo: .venv/made
-	$(BIN)/python train.py
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python train.py
 
 test: .venv/made-test
 	$(PYTEST) -m "not slow and not recipe"

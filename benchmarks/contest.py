@@ -18,6 +18,8 @@ ATTENTION = ("sdpa", "eager")
 EXPERTS = ("eager", "grouped_mm")
 """Not `batched_mm`: it copies a matrix for every (token, choice) pair, 18 GB in a training step."""
 PEAK_SIZE = 2048
+TURN = 1.0
+"""Seconds that a turn lasts at least."""
 
 Contestants = dict[str, Callable[[], object]]
 
@@ -42,7 +44,11 @@ class Worker:
         self.names: list[str] = self._pipe.recv()
 
     def seconds(self, name: str) -> Times:
-        """Time of one call; the first ones compile and warm up."""
+        """Time of one call, the mean of a turn's.
+
+        The first call of a turn does not count: the other process's threads may still wait for
+        work by spinning, and the caches are full of its arrays.
+        """
         self._pipe.send(name)
         return self._pipe.recv()
 
@@ -58,9 +64,13 @@ def _serve(pipe: Connection[Any, Any], make: Callable[[], Contestants]) -> None:
     pipe.send(list(contestants))
     for name in iter(pipe.recv, None):
         run = contestants[name]
-        begin, used = time.perf_counter(), time.process_time()
         run()
-        pipe.send(Times(time.perf_counter() - begin, time.process_time() - used))
+        calls, wall = 0, 0.0
+        begin, used = time.perf_counter(), time.process_time()
+        while wall < TURN:
+            run()
+            calls, wall = calls + 1, time.perf_counter() - begin
+        pipe.send(Times(wall / calls, (time.process_time() - used) / calls))
 
 
 def measure(
@@ -68,12 +78,11 @@ def measure(
 ) -> dict[str, list[Times]]:
     """Times of the contestants, `rounds` times each; neighbours in time belong to one round.
 
-    Of each `team` only the one runs that was fastest when all were warm.
+    Of each `team` only the one runs that was fastest in a first turn of all.
     """
     owner = {name: worker for worker in workers for name in worker.names}
     warm: dict[str, dict[str, float]] = {}
     for name, worker in owner.items():
-        worker.seconds(name)  # compile
         warm.setdefault(team(name), {})[name] = worker.seconds(name).wall
     best = {min(team, key=lambda name: team[name]) for team in warm.values()}
     owner = {name: worker for name, worker in owner.items() if name in best}
