@@ -5,7 +5,8 @@
 Both train the same 81M-parameter DeepSeek-V3 (no MTP, float32, two threads) on the same tokens with
 AdamW and clipping. transformers runs each of its attention and expert backends, and the best one
 counts. Each library lives in a process of its own, which sleeps while the other is timed; both
-processes run on the same two cores. The two take turns; medians are compared. Prints one table and one JSON line.
+processes run on the same two cores. The two take turns; medians are compared. Prints one table and
+one JSON line.
 """
 
 from __future__ import annotations

@@ -112,12 +112,12 @@ Box = Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=3)]
 
 
 class MeshConfig(Section):
-    """Devices along each named axis of a slice; `fsdp: auto` takes all that the others leave.
+    """Devices along each named axis of a slice; the one that is `auto` takes what the others leave.
 
     An axis is as long as its size here times its size in `dcn`.
     """
 
-    data: int = Field(default=1, ge=1)
+    data: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     fsdp: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     expert: int = Field(default=1, ge=1)
     context: int = Field(default=1, ge=1)
@@ -126,6 +126,8 @@ class MeshConfig(Section):
     boxes: dict[str, Box] = Field(default={})
     """Chips of a TPU slice's torus that an axis spans, such as `{expert: [4, 2, 1]}`; one axis
     takes what is left. By default jax chooses."""
+    cpu_devices: int = Field(default=1, ge=1, le=64)
+    """How many a CPU stands for, where there is no accelerator; more, if the sizes ask for more."""
 
 
 class DistributedConfig(Section):

@@ -85,7 +85,8 @@ def together(config: RunConfig, console: Console) -> Iterator[Console]:
     Raises:
         UserError: they differ in configuration, devices or versions.
     """
-    with processes(config.distributed, devices_wanted(*_sizes(config.mesh))):
+    wanted = max(config.mesh.cpu_devices, devices_wanted(*_sizes(config.mesh)))
+    with processes(config.distributed, wanted):
         agree("the configuration", config.model_dump(exclude={"distributed"}))
         agree("the environment", _environment())
         yield console if is_first() else Console(quiet=True)
@@ -102,7 +103,7 @@ def _environment() -> dict[str, Any]:
 
 def _sizes(mesh: MeshConfig) -> tuple[dict[str, Any], dict[str, int]]:
     """Devices along each axis within a slice, and slices along each."""
-    return mesh.model_dump(exclude={"dcn", "boxes"}), mesh.dcn.model_dump()
+    return mesh.model_dump(exclude={"dcn", "boxes", "cpu_devices"}), mesh.dcn.model_dump()
 
 
 def make_layout(config: RunConfig, devices: Sequence[Any] | None = None) -> Layout:

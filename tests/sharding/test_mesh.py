@@ -50,7 +50,7 @@ def gpus(hosts: int) -> list[Any]:
 
 def test_the_configuration_has_every_axis() -> None:
     assert tuple(DcnConfig.model_fields) == AXES
-    assert tuple(MeshConfig.model_fields) == (*AXES, "dcn", "boxes")
+    assert tuple(MeshConfig.model_fields) == (*AXES, "dcn", "boxes", "cpu_devices")
 
 
 def test_axes_are_long_by_slices_and_devices_and_slices_are_outermost() -> None:
