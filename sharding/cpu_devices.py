@@ -18,15 +18,16 @@ _IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 def make_cpu_devices(wanted: int, processes: int = 1) -> None:
     """Let this process's CPU be its share of the `wanted` devices.
 
-    Does nothing where jax has an accelerator, or has its devices already. XLA_FLAGS may also say
-    how many there are, and is obeyed.
+    Does nothing where jax has an accelerator, or has its devices already. Who has said how many
+    there are, in XLA_FLAGS or in jax's own configuration, is obeyed.
     """
     alone = wanted == processes == 1
     if alone or xla_bridge.backends_are_initialized() or not _only_cpu():
         return
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} {_IN_ORDER}"
-    if _COUNT not in flags and processes <= wanted <= _MOST:
+    said = _COUNT in flags or jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
+    if not said and processes <= wanted <= _MOST:
         jax.config.update("jax_num_cpu_devices", wanted // processes)
 
 
