@@ -71,9 +71,10 @@ class Watch:
 
     def end_all(self, text: str, code: int) -> NoReturn:
         """End this process with a line, and all others with the same one and this one's name."""
+        self._stopped.set()  # or it might hear its own word, and say that instead
         self._write_end(f"{self.name(self._process)}: {text}", code)
-        # Without process 0 nobody could read it.
-        self._stopped.wait(2.5 * self._period if self._process == 0 else 0.0)
+        if self._process == 0:  # without it nobody could read the word
+            time.sleep(2.5 * self._period)
         leave(text, code)
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -99,7 +100,7 @@ class Watch:
                     count = len(self._heard)
                     leave(f"lost process 0 of {count}, which coordinates: {error}", 1)
                 return
-            if end:
+            if end and not self._stopped.is_set():
                 self._stopped.wait(2.5 * self._period if self._process == 0 else 0.0)
                 leave(**json.loads(end[0][1]))
 
