@@ -1,6 +1,6 @@
 """Tokens per second of reading prompts and of decoding on a CPU: dsjax beside transformers.
 
-    python benchmarks/inference.py             needs the `parity` extra; some ten minutes
+    python benchmarks/inference.py             needs the `parity` extra; some twenty minutes
 
 Both run the same 81M-parameter DeepSeek-V3 (random weights, float32, two threads), each in a
 process of its own, in turns; transformers with the best of its attention and expert backends for

@@ -111,6 +111,10 @@ Box = Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=3)]
 """Chips along each dimension of a torus."""
 
 
+MOST_CPU_DEVICES = 64
+"""Each has threads of its own; more are rather a mistake."""
+
+
 class MeshConfig(Section):
     """Devices along each named axis of a slice; the one that is `auto` takes what the others leave.
 
@@ -126,7 +130,7 @@ class MeshConfig(Section):
     boxes: dict[str, Box] = Field(default={})
     """Chips of a TPU slice's torus that an axis spans, such as `{expert: [4, 2, 1]}`; one axis
     takes what is left. By default jax chooses."""
-    cpu_devices: int = Field(default=1, ge=1, le=64)
+    cpu_devices: int = Field(default=1, ge=1, le=MOST_CPU_DEVICES)
     """How many a CPU stands for, where there is no accelerator; more, if the sizes ask for more."""
 
 

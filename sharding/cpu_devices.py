@@ -9,8 +9,9 @@ from importlib.util import find_spec
 import jax
 from jax._src import xla_bridge
 
+from dsjax.config import MOST_CPU_DEVICES
+
 _COUNT = "--xla_force_host_platform_device_count"
-_MOST = 64  # each has threads of its own; more are rather a mistake
 # Devices of a CPU otherwise start independent collectives in orders of their own, and hang.
 _IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
@@ -27,7 +28,7 @@ def make_cpu_devices(wanted: int, processes: int = 1) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} {_IN_ORDER}"
     said = _COUNT in flags or jax.config.jax_num_cpu_devices >= 0  # pyright: ignore[reportAttributeAccessIssue]
-    if not said and processes <= wanted <= _MOST:
+    if not said and processes <= wanted <= MOST_CPU_DEVICES:
         jax.config.update("jax_num_cpu_devices", wanted // processes)
 
 
