@@ -29,7 +29,7 @@ from jax.sharding import Sharding
 from dsjax.config import DistributedConfig
 from dsjax.errors import UserError
 from sharding.start import start
-from sharding.watch import Watch, name_of
+from sharding.watch import LOST, Watch, name_of
 
 T = TypeVar("T")
 
@@ -50,9 +50,9 @@ def processes(settings: DistributedConfig, devices: int = 1) -> Iterator[None]:
 
     A mesh will want so many `devices` of all: CPUs can stand for them.
 
-    A `UserError` that leaves the context in one process ends all of them with exit code 2; any
-    other exception, or a process that is lost, with 1: each with one line, within a minute. A
-    single process is left alone.
+    A `UserError` that leaves the context in one process ends all of them with exit code 2, a
+    process that is lost with `LOST`, any other exception with 1: each with one line, within a
+    minute. A single process is left alone.
     """
     start(settings, devices)
     if is_alone():
@@ -64,7 +64,7 @@ def processes(settings: DistributedConfig, devices: int = 1) -> Iterator[None]:
     except UserError as error:
         watch.end_all(str(error), 2)
     except MissingProcessError as error:
-        watch.end_all(str(error), 1)
+        watch.end_all(str(error), LOST)
     except KeyboardInterrupt:
         watch.end_all("interrupted", 130)
     except Exception as error:
@@ -79,7 +79,7 @@ def _end(watch: Watch) -> None:
     try:
         barrier("the end")
     except MissingProcessError as error:
-        watch.end_all(str(error), 1)
+        watch.end_all(str(error), LOST)
     watch.stop()
 
 

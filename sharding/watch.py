@@ -7,7 +7,7 @@ complete, and nobody has to read the C++ library's account of a lost connection.
 
 The library has a watch of its own, slower than this one, which aborts a process without a word of
 ours. It is the only one to notice that process 0, and the service with it, is gone; `on_abort` says
-that on one line, and turns the abort into exit code 1.
+that on one line, and turns the abort into exit code `LOST`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from jax.errors import JaxRuntimeError
+
 from dsjax.errors import one_line
+
+LOST = 75
+"""Exit code when another process, or a device, is lost: starting all processes again helps.
+
+EX_TEMPFAIL of sysexits.h. The files of deploy/ start a run again on this code, and not on 1 or 2.
+"""
+
+_TRANSIENT = ("ABORTED", "CANCELLED", "DATA_LOSS", "DEADLINE_EXCEEDED", "UNAVAILABLE")
+"""Statuses of the runtime's errors that mean a broken connection or device, not a wrong program."""
 
 LOST_SECONDS = 40.0
 """Silence after which a process counts as lost."""
@@ -78,12 +89,16 @@ class Watch:
         leave(text, code)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Leave after an exception: with who is lost, if that was its cause, or its traceback."""
+        """Leave after an exception: with who is lost, if that was its cause, or its traceback.
+
+        The exit code is 1; `LOST` for an error of the runtime that another start may not meet.
+        """
+        transient = isinstance(error, JaxRuntimeError) and str(error).startswith(_TRANSIENT)
         self._client.key_value_set(f"dsjax/trouble/{self._process}", "", True)
         self._stopped.wait(TROUBLED_SECONDS + 3 * self._period)  # the word may come in this time
         with _leaving:
             traceback.print_exception(error)
-        self.end_all(f"{type(error).__name__}: {error}", 1)
+        self.end_all(f"{type(error).__name__}: {error}", LOST if transient else 1)
 
     def _run(self) -> None:
         beats = 0
@@ -98,7 +113,7 @@ class Watch:
             except Exception as error:
                 if not self._stopped.is_set():
                     count = len(self._heard)
-                    leave(f"lost process 0 of {count}, which coordinates: {error}", 1)
+                    leave(f"lost process 0 of {count}, which coordinates: {error}", LOST)
                 return
             if end and not self._stopped.is_set():
                 self._stopped.wait(2.5 * self._period if self._process == 0 else 0.0)
@@ -119,7 +134,7 @@ class Watch:
             self._write_end(
                 f"lost {named}: not heard of for {limit:.0f} s, killed or out of reach; "
                 "start all again, and the run goes on from its newest checkpoint",
-                1,
+                LOST,
             )
 
     def _write_end(self, text: str, code: int) -> None:
@@ -141,7 +156,7 @@ _abort_handler: Any = None  # kept: what C calls must not be collected
 
 
 def on_abort(explain: Callable[[], str | None]) -> None:
-    """When the C++ library aborts this process, leave with what `explain` says and exit code 1.
+    """When the C++ library aborts this process, leave with what `explain` says and code `LOST`.
 
     If it says nothing the abort goes on. A handler of Python's `signal` would be too late: abort()
     does not return to the interpreter. This one runs within abort(), in the thread that called
@@ -153,7 +168,7 @@ def on_abort(explain: Callable[[], str | None]) -> None:
     def handler(number: int) -> None:
         text = explain()
         if text is not None:
-            leave(text, 1)
+            leave(text, LOST)
 
     set_handler = ctypes.CDLL(None).signal
     set_handler.argtypes, set_handler.restype = [ctypes.c_int, type(handler)], ctypes.c_void_p

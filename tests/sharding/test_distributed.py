@@ -12,6 +12,7 @@ from dsjax.errors import UserError
 from sharding.distributed import local_rows, place_rows
 from sharding.mesh import make_mesh
 from sharding.start import Place, find_place
+from sharding.watch import LOST
 from tests.sharding.many import End, ends, start_all
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -181,7 +182,7 @@ def test_one_processs_wrong_input_ends_all_with_code_2(guilty: int) -> None:
 @pytest.mark.slow
 def test_a_barrier_names_who_did_not_come() -> None:
     for end in play('if process != 2: barrier("lunch", 1)\ntime.sleep(60)', count=3):
-        assert end.code == 1
+        assert end.code == LOST
         assert "process 2 of 3 (" in end.errors[0]
         assert end.errors[0].endswith("did not come to 'lunch' within 1 s")
 
@@ -200,7 +201,7 @@ def test_who_is_killed_is_named_by_the_others(killed: int) -> None:
     scene = f"if process == {killed}: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(100)"
     for process, end in enumerate(play(scene, count=3)):
         if process != killed:
-            assert end.code == 1
+            assert end.code == LOST
             [said] = end.errors
             assert said.startswith(f"error: lost process {killed} of 3")
 
@@ -209,7 +210,7 @@ def test_who_is_killed_is_named_by_the_others(killed: int) -> None:
 @pytest.mark.parametrize("absent", [0, 2])
 def test_who_stays_away_at_the_start_is_named_by_the_others(absent: int) -> None:
     for end in play("", count=3, absent=(absent,)):
-        assert end.code == 1
+        assert end.code == LOST
         assert len(end.err.splitlines()) == len(end.errors) == 1, end.err
         assert end.errors[0].startswith(f"error: process {absent} of 3")
         assert "did not come within 4 s" in end.errors[0]

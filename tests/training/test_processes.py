@@ -14,6 +14,7 @@ import pytest
 from dsjax.checkpoint.store import CheckpointStore
 from dsjax.training.metrics import read_metrics
 from dsjax.training.step import init_state
+from sharding.watch import LOST
 from tests.sharding.many import ROOT, ends, start_all
 from tests.training.runs import config, overrides, write_corpus
 
@@ -63,7 +64,7 @@ def kill_one(processes: list[subprocess.Popen], run_dir: Path, step: int, victim
     assert time.monotonic() - begin < 60
     for process, end in enumerate(found):
         if process != victim:
-            assert end.code == 1, end.err
+            assert end.code == LOST, end.err
             [said] = end.errors
             assert said.startswith(f"error: lost process {victim} of {len(processes)}")
 
