@@ -19,7 +19,7 @@ examples:
   python train.py r1/cpu-comparison                docs/r1.md tells of both
 
 Exit codes: 0 done, 2 your input is wrong (one line says what), 143 stopped by SIGTERM after
-saving, 1 the run diverged or a fault of ours.
+saving, 75 another process was lost: start all again, 1 the run diverged or a fault of ours.
 """
 
 
@@ -41,11 +41,13 @@ def main() -> None:
 
     from dsjax.checkpoint.source import model_of
     from dsjax.config import PretrainConfig
-    from dsjax.config_files import load_run_config
+    from dsjax.config_files import load_run_config, refuse_placeholders
     from dsjax.config_grpo import GrpoRunConfig
     from dsjax.config_sft import DistillConfig, SftConfig
 
-    config = read_together(lambda: load_run_config(name, overrides, model_of))
+    config = read_together(
+        lambda: refuse_placeholders(load_run_config(name, overrides, model_of), name)
+    )
     console = Console()
     if isinstance(config, GrpoRunConfig):
         from dsjax.posttraining.grpo import grpo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -117,6 +117,30 @@ def load_serving_config(name: str | Path, overrides: Sequence[str] = ()) -> Serv
     for text in overrides:
         _override(tree, text)
     return parse(ServingConfig, tree, source=str(path))
+
+
+def refuse_placeholders(config: T, source: str | Path) -> T:
+    """Return `config`, unless a value still names the bucket BUCKET, as `configs/` do.
+
+    Raises:
+        UserError: naming every such key.
+    """
+    keys = list(_placeholders(config.model_dump()))
+    if keys:
+        raise UserError(
+            f"{source}: BUCKET stands for your own bucket in {', '.join(keys)}; give "
+            f"{keys[0]}=gs://YOUR-BUCKET/... and the like, or edit a copy of the file"
+        )
+    return config
+
+
+def _placeholders(tree: Any, path: str = "") -> Iterator[str]:
+    """The dotted keys of the values that begin with gs://BUCKET; no real name has capitals."""
+    if isinstance(tree, str) and tree.startswith("gs://BUCKET/"):
+        yield path
+    elif isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _placeholders(value, f"{path}.{key}".lstrip("."))
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

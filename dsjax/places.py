@@ -59,6 +59,8 @@ def as_path(path: str | Path) -> Path:
         return plain
     if len(plain.parts) == 1:
         raise UserError(f"{path}: names no bucket; expected gs://BUCKET/PATH")
+    if plain.parts[1] == "BUCKET":  # in configs/ and the guides; no real name has capitals
+        raise UserError(f"{path}: BUCKET stands for your own bucket; write its name")
     return ObjectPath(*plain.parts)
 
 

@@ -33,6 +33,11 @@ def test_what_is_neither_is_refused(path: str) -> None:
         as_path(path)
 
 
+def test_the_placeholder_of_the_guides_is_no_bucket() -> None:
+    with pytest.raises(UserError, match="gs://BUCKET/a: BUCKET stands for your own bucket"):
+        as_path("gs://BUCKET/a")
+
+
 def test_no_object_is_taken_for_a_file() -> None:
     """What `ObjectPath` does not know ends here, not in a folder named gs: on this machine."""
     path = as_path("gs://bucket/a")
