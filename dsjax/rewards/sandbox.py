@@ -36,9 +36,9 @@ _MACHINERY_SECONDS = 30.0
 """Beyond a job's own limits, for a keeper to answer."""
 
 LIMITS_HELP = (
-    "it runs only in Linux namespaces of its own, with a filter on system calls (Linux 5.12 or "
-    "newer, unprivileged user namespaces or root; in a container, without a profile that forbids "
-    "unshare); run on a machine that allows them, or leave this reward out"
+    "it needs Linux 5.12 or newer that lets it make namespaces; in Docker add "
+    "--security-opt seccomp=unconfined --security-opt apparmor=unconfined (docs/gpu.md has "
+    "Kubernetes, Slurm and Ubuntu), or leave this reward out"
 )
 
 
