@@ -6,13 +6,15 @@ import re
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dsjax.config_files import load_pretrain_config
+from dsjax.config_files import load_pretrain_config, refuse_placeholders
+from sharding.watch import LOST
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -26,19 +28,34 @@ def lint(tool: str, *arguments: str | Path) -> str:
 
 
 def test_scripts_are_clean_shell() -> None:
-    assert [script.name for script in SCRIPTS] == ["slurm.sh", "tpu-vm.sh", "xpk.sh"]
-    assert lint("shellcheck", *SCRIPTS) == ""
+    names = [script.name for script in SCRIPTS]
+    assert names == ["checks.sh", "slurm.sh", "tpu-vm.sh", "xpk.sh"]
+    assert lint("shellcheck", "--external-sources", *SCRIPTS) == ""
     for script in SCRIPTS:
         subprocess.run(["bash", "-n", script], check=True)
-        assert script.stat().st_mode & stat.S_IXUSR, f"{script.name} cannot be called"
+        called = script.read_text().startswith("#!")
+        assert bool(script.stat().st_mode & stat.S_IXUSR) is called, script.name
 
 
 def test_the_image_is_clean_and_copies_what_is_there() -> None:
     assert lint("hadolint", DEPLOY / "Dockerfile") == ""
     text = (DEPLOY / "Dockerfile").read_text()
     copied = [word for line in re.findall(r"^COPY (.+)$", text, re.M) for word in line.split()[:-1]]
-    assert {"dsjax", "sharding", "configs", "train.py"} <= set(copied)
+    assert {"dsjax", "sharding", "configs", "train.py", "serve.py"} <= set(copied)
     assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
+def test_the_image_trains_tunes_and_serves() -> None:
+    """It has the extras that buckets, parquet, GRPO's rewards and the server ask for."""
+    [extras] = re.findall(r'--editable "\.\[(.+)\]"', (DEPLOY / "Dockerfile").read_text())
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) == {"${EXTRA}", "gcs", "data", "post", "serve"}
+    assert {"gcs", "data", "post", "serve", "tpu"} <= known["optional-dependencies"].keys()
+
+
+def test_a_configuration_is_changed_without_installing_again() -> None:
+    steps = (DEPLOY / "Dockerfile").read_text()
+    assert steps.index("RUN pip install") < steps.index("COPY configs configs")
 
 
 class Strict(BaseModel):
@@ -86,7 +103,6 @@ class Container(Strict):
 
 class PodSpec(Strict):
     restartPolicy: Literal["Never"]
-    serviceAccountName: str
     hostNetwork: bool
     dnsPolicy: Literal["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"]
     terminationGracePeriodSeconds: int = Field(ge=0)
@@ -144,11 +160,21 @@ def test_the_jobset_is_one_and_has_a_pod_for_each_host_of_its_topology() -> None
     pod = job.template.spec
     [container] = pod.containers
     [rule] = job.podFailurePolicy["rules"]
-    assert (rule.onExitCodes.containerName, rule.onExitCodes.values) == (container.name, [2])
+    # Wrong input and a run that failed end it; a lost process and signals start all again.
+    assert (rule.action, rule.onExitCodes.operator) == ("FailJob", "In")
+    assert (rule.onExitCodes.containerName, rule.onExitCodes.values) == (container.name, [1, 2])
+    assert not {LOST, 137, 143} & set(rule.onExitCodes.values)
+    assert [r.action for r in jobset.spec.failurePolicy.rules] == ["FailJobSet"]
+    # Pods on the host's network do not use Workload Identity: no Kubernetes account is needed.
+    assert pod.hostNetwork
+    # The sandbox of GRPO's rewards: neither seccomp nor AppArmor confine a privileged container.
+    assert container.securityContext == {"privileged": True}
     x, y, z = map(int, pod.nodeSelector["cloud.google.com/gke-tpu-topology"].split("x"))
     chips = container.resources.limits["google.com/tpu"]
     assert container.resources.requests == container.resources.limits
     assert job.parallelism == job.completions == x * y * z // chips
     assert container.command[:2] == ["python", "train.py"]
-    mesh = load_pretrain_config(container.command[2], container.command[3:]).mesh
-    assert mesh.fsdp * mesh.expert == x * y * z
+    settings = [word.replace("gs://BUCKET", "gs://mine") for word in container.command[3:]]
+    config = load_pretrain_config(container.command[2], settings)
+    refuse_placeholders(config, "jobset.yaml")
+    assert config.mesh.fsdp * config.mesh.expert == x * y * z

@@ -1,156 +1,105 @@
-"""The scripts of deploy/ do what the guides say.
-
-gcloud, xpk, srun and scontrol are played by a script that notes how it was called.
-"""
+"""xpk.sh and slurm.sh do what the guides say; what a script misses is said at once."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+from sharding.watch import LOST
+from tests.deploy.stand_ins import Stage
 
-STAND_IN = """\
-#!/usr/bin/env bash
-# Notes the call; says what lies ready for it, and leaves with the code that does.
-echo "$(basename "$0") $*" >> "$HOME/calls"
-verb=$(basename "$0")
-[[ "$verb" != gcloud ]] || verb=$4
-answers="$HOME/$verb"
-[[ -s "$answers" ]] || exit 0
-read -r code words < "$answers"
-sed -i 1d "$answers"
-[[ -z "$words" ]] || echo "$words"
-exit "$code"
-"""
-
-
-class Stage:
-    """A home in which a script runs, with stand-ins for what it calls."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        for name in ("gcloud", "xpk", "srun", "scontrol"):
-            (home / "bin").mkdir(exist_ok=True)
-            (home / "bin" / name).write_text(STAND_IN)
-            (home / "bin" / name).chmod(0o755)
-
-    def answers(self, verb: str, *lines: str) -> None:
-        """What the next calls of `verb` leave with and say; all later ones leave with 0."""
-        (self.home / verb).write_text("".join(f"{line}\n" for line in lines))
-
-    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-        path = f"{self.home / 'bin'}:{os.environ['PATH']}"
-        quick = {"POLL_SECONDS": "0", "SETTLE_SECONDS": "0"}
-        return subprocess.run(
-            [DEPLOY / script, *arguments],
-            env={"PATH": path, "HOME": str(self.home), **quick, **variables},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    @property
-    def calls(self) -> list[str]:
-        noted = self.home / "calls"
-        return noted.read_text().splitlines() if noted.exists() else []
-
-    def verbs(self) -> list[str]:
-        """Of gcloud's calls, but for questions about the state."""
-        return [verb for call in self.calls if (verb := call.split()[4]) != "describe"]
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    return Stage(tmp_path)
-
-
+BUCKET = (
+    "run_dir=gs://b/my run",
+    "data.sources.0.path=gs://b/*.parquet",
+    "data.tokenizer=gs://b/t",
+)
+RUN = ("v3-671b-v5p-512", *BUCKET)
 TPU = {"NAME": "mine", "ZONE": "z", "TYPE": "v5p-1024", "IMAGE": "r-docker.pkg.dev/p/r/dsjax"}
-RUN = ("run", "v3-671b-v5p-512", "run_dir=gs://b/my run")
+XPK = {"CLUSTER": "c", "ZONE": "z", "TYPE": "v5p-1024", "IMAGE": "i"}
 
 
-def test_a_run_on_tpu_vms_is_asked_for_awaited_and_started_on_all_workers(stage: Stage) -> None:
-    stage.answers("describe", "1", "0 WAITING_FOR_RESOURCES", "0 PROVISIONING", "0 ACTIVE")
-    done = stage.run("tpu-vm.sh", *RUN, **TPU)
-    assert (done.returncode, done.stderr) == (
-        0, "mine: WAITING_FOR_RESOURCES\nmine: PROVISIONING\n"
-    )  # fmt: skip
-    assert stage.verbs() == ["create", "ssh"]
-    create, ssh = (call for call in stage.calls if " describe " not in call)
-    assert create == (
-        "gcloud compute tpus queued-resources create mine --zone=z --node-id=mine "
-        "--accelerator-type=v5p-1024 --runtime-version=v2-alpha-tpuv5"
-    )
-    assert "--node=all --worker=all" in ssh
-    assert ssh.endswith(r"python train.py v3-671b-v5p-512 run_dir=gs://b/my\ run")
-
-
-def test_several_slices_and_spot_are_asked_for(stage: Stage) -> None:
-    stage.answers("describe", "1", "0 ACTIVE")
-    stage.run("tpu-vm.sh", *RUN, **TPU, SLICES="2", SPOT="1")
-    [create] = [call for call in stage.calls if " create " in call]
-    assert "--node-count=2 --node-prefix=mine --spot" in create
-
-
-def test_tpus_that_are_taken_away_are_asked_for_again(stage: Stage) -> None:
-    stage.answers("describe", "0 ACTIVE", "0 ACTIVE", "0 SUSPENDING", "1", "0 ACTIVE")
-    stage.answers("ssh", "1", "0")
-    done = stage.run("tpu-vm.sh", *RUN, **TPU)
-    assert done.returncode == 0
-    assert stage.verbs() == ["ssh", "delete", "create", "ssh"]
-
-
-def test_a_run_that_fails_by_itself_is_not_repeated(stage: Stage) -> None:
-    """Nor does a question that fails for once cost the TPUs."""
-    stage.answers("describe", "0 ACTIVE", "0 ACTIVE", "1", "0 ACTIVE")
-    stage.answers("ssh", "7")
-    assert stage.run("tpu-vm.sh", *RUN, **TPU).returncode == 7
-    assert stage.verbs() == ["ssh"]
-
-
-def test_a_request_that_fails_ends_the_script(stage: Stage) -> None:
-    stage.answers("describe", "0 FAILED", "0 FAILED")
-    done = stage.run("tpu-vm.sh", *RUN, **TPU)
-    assert done.returncode == 2 and "mine: the request failed" in done.stderr
-    assert stage.verbs() == []
-
-
-def test_xpk_gets_the_run(stage: Stage) -> None:
-    here = {"CLUSTER": "c", "ZONE": "z", "TYPE": "v5p-1024", "IMAGE": "i"}
-    done = stage.run("xpk.sh", "v3", *RUN[1:], **here, SLICES="2")
+def test_xpk_gets_the_run_and_the_exit_codes_to_start_again_on(stage: Stage) -> None:
+    done = stage.run("xpk.sh", "v3", *RUN, **XPK, SLICES="2", PROJECT="p", XPK_FLAGS="--spot")
     assert done.returncode == 0
     [call] = stage.calls
     assert call == (
-        "xpk workload create --cluster=c --zone=z --workload=v3 --tpu-type=v5p-1024 --num-slices=2 "
-        "--docker-image=i --max-restarts=100 "
-        r"--command=python train.py v3-671b-v5p-512 run_dir=gs://b/my\ run"
+        "xpk workload create --cluster=c --zone=z --project=p --workload=v3 --tpu-type=v5p-1024 "
+        "--num-slices=2 --docker-image=i --max-restarts=100 --restart-on-exit-codes=75 "
+        "--termination-grace-period-seconds=600 --spot "
+        r"--command=exec python train.py v3-671b-v5p-512 run_dir=gs://b/my\ run "
+        r"data.sources.0.path=gs://b/\*.parquet data.tokenizer=gs://b/t"
     )
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (143, True)])
-def test_a_slurm_job_that_was_told_to_stop_queues_itself_again(
+def restarted_by_xpk(listed: str) -> set[int]:
+    """The exit codes after which XPK starts a workload again (its help, and workload.py)."""
+    return {42, *range(127, 256), *map(int, listed.split(","))}
+
+
+def test_xpk_starts_again_after_a_lost_process_and_not_after_wrong_input(stage: Stage) -> None:
+    stage.run("xpk.sh", "v3", *RUN, **XPK)
+    [codes] = [w.partition("=")[2] for w in stage.calls[0].split() if "exit-codes" in w]
+    again = restarted_by_xpk(codes)
+    assert {LOST, 137, 143} <= again and again.isdisjoint({0, 1, 2})
+
+
+SLURM = ("v2-lite-16b-h100-8", "a=b")
+
+
+@pytest.mark.parametrize(
+    ("code", "again"),
+    [(0, False), (1, False), (2, False), (130, False), (75, True), (137, True), (143, True)],
+)
+def test_a_slurm_job_queues_itself_again_after_a_signal_or_a_lost_process(
     code: int, again: bool, stage: Stage
 ) -> None:
-    stage.answers("srun", str(code))
-    done = stage.run("slurm.sh", "v2-lite-16b-h100-8", "a=b", SLURM_JOB_ID="17")
+    stage.leaves["srun"] = code
+    done = stage.run("slurm.sh", *SLURM, SLURM_JOB_ID="17", SLURM_CPUS_ON_NODE="96")
     assert done.returncode == code
-    assert stage.calls[0] == "srun --kill-on-bad-exit=0 python train.py v2-lite-16b-h100-8 a=b"
+    assert stage.calls[0] == (
+        "srun --kill-on-bad-exit=0 --cpus-per-task=96 python train.py v2-lite-16b-h100-8 a=b"
+    )
     assert (stage.calls[1:] == ["scontrol requeue 17"]) is again
+
+
+def test_a_slurm_job_that_is_lost_again_and_again_ends(stage: Stage) -> None:
+    stage.leaves["srun"] = 75
+    done = stage.run("slurm.sh", *SLURM, SLURM_JOB_ID="17", SLURM_RESTART_COUNT="100")
+    assert done.returncode == 75 and len(stage.calls) == 1
+
+
+def test_slurms_container_sees_the_folders_of_the_run(stage: Stage, tmp_path: Path) -> None:
+    """By pyxis' README: --container-mounts=SRC:DST[:FLAGS][,SRC:DST...]."""
+    for name in ("runs", "data"):
+        (tmp_path / name).mkdir()
+    mounts = f"{tmp_path}/runs,{tmp_path}/data:/data:ro"
+    done = stage.run("slurm.sh", *SLURM, IMAGE="/shared/dsjax.sqsh", MOUNTS=mounts)
+    assert done.returncode == 0, done.stderr
+    assert stage.calls == [
+        "srun --kill-on-bad-exit=0 --container-image=/shared/dsjax.sqsh "
+        f"--container-mounts={tmp_path}/runs:{tmp_path}/runs,{tmp_path}/data:/data:ro "
+        "--container-workdir=/dsjax --no-container-mount-home "
+        "python train.py v2-lite-16b-h100-8 a=b"
+    ]
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "variables", "says"),
     [
-        ("tpu-vm.sh", RUN, {**TPU, "ZONE": ""}, "ZONE is not set"),
-        ("tpu-vm.sh", RUN, {**TPU, "IMAGE": ""}, "IMAGE is not set"),
+        ("tpu-vm.sh", ("run", *RUN), {**TPU, "ZONE": ""}, "ZONE is not set"),
+        ("tpu-vm.sh", ("run", *RUN), {**TPU, "IMAGE": ""}, "IMAGE is not set"),
         ("tpu-vm.sh", ("run",), TPU, "expected run CONFIG"),
         ("tpu-vm.sh", ("walk",), TPU, "expected run CONFIG"),
-        ("xpk.sh", RUN, {}, "CLUSTER is not set"),
-        ("xpk.sh", ("v3",), {n: "x" for n in ("CLUSTER", "ZONE", "TYPE", "IMAGE")}, "WORKLOAD"),
+        ("tpu-vm.sh", ("run", *RUN[:2]), TPU, "path is in gs://BUCKET"),
+        ("tpu-vm.sh", ("run", *RUN[:3]), TPU, "tokenizer is in gs://BUCKET"),
+        ("tpu-vm.sh", ("run", *RUN, "init=gs://BUCKET/a"), TPU, "gs://BUCKET/a: BUCKET, REGION"),
+        ("tpu-vm.sh", ("run", *RUN), {**TPU, "IMAGE": "REGION-docker.pkg.dev/p/r/d"}, "replace"),
+        ("xpk.sh", ("v3", *RUN), {}, "CLUSTER is not set"),
+        ("xpk.sh", ("v3",), XPK, "WORKLOAD"),
+        ("xpk.sh", ("v3", RUN[0]), XPK, "run_dir is in gs://BUCKET"),
         ("slurm.sh", (), {}, "expected CONFIG"),
+        ("slurm.sh", SLURM, {"IMAGE": "i", "MOUNTS": "/no/such"}, "/no/such is not there; MOUNTS"),
     ],
 )
 def test_what_a_script_misses_is_said_before_anything_is_called(
@@ -160,10 +109,3 @@ def test_what_a_script_misses_is_said_before_anything_is_called(
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert says in done.stderr
     assert stage.calls == []
-
-
-def test_an_unknown_tpu_is_not_asked_for(stage: Stage) -> None:
-    stage.answers("describe", "1")
-    done = stage.run("tpu-vm.sh", *RUN, **{**TPU, "TYPE": "v9-8"})
-    assert done.returncode == 2 and "TYPE=v9-8: set RUNTIME" in done.stderr
-    assert stage.verbs() == []
