@@ -53,6 +53,13 @@ def test_the_image_trains_tunes_and_serves() -> None:
     assert {"gcs", "data", "post", "serve", "tpu"} <= known["optional-dependencies"].keys()
 
 
+def test_enroot_gives_the_image_gpus() -> None:
+    """Its hook 98-nvidia.sh gives no GPU without the first, and no CUDA without the second."""
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert "NVIDIA_VISIBLE_DEVICES=all" in text
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in text
+
+
 def test_a_configuration_is_changed_without_installing_again() -> None:
     steps = (DEPLOY / "Dockerfile").read_text()
     assert steps.index("RUN pip install") < steps.index("COPY configs configs")

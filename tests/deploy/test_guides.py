@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsjax.config_files import load_pretrain_config
+from dsjax.cli import Parser, make_parser
+from dsjax.config_files import load_pretrain_config, load_run_config, refuse_placeholders
+from dsjax.serving.options import add_http
+from tests.deploy.stand_ins import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("cloud-tpu", "gpu", "pods")]
@@ -18,22 +22,70 @@ GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("cloud-tpu", "gpu", "pods")]
 STARTS = {"train.py", "deploy/tpu-vm.sh run", "deploy/slurm.sh", "deploy/xpk.sh v3"}
 """What stands before the configuration of a run."""
 
+FOREIGN = {
+    "docker build": "file build-arg tag",
+    "docker run": "rm gpus ipc ulimit volume publish env security-opt",
+    "enroot import": "output",
+    "gcloud artifacts repositories add-iam-policy-binding": "location member role",
+    "gcloud artifacts repositories create": "repository-format location",
+    "gcloud compute firewall-rules create": "network allow source-ranges",
+    "gcloud compute tpus tpu-vm service-identity create": "zone",
+    "gcloud container clusters create": "location",
+    "gcloud container clusters get-credentials": "location",
+    "gcloud container clusters update": "location workload-pool",
+    "gcloud container node-pools create": "cluster location node-locations machine-type"
+    " tpu-topology num-nodes service-account spot",
+    "gcloud container node-pools update": "cluster location workload-metadata",
+    "gcloud projects add-iam-policy-binding": "member role",
+    "gcloud storage buckets add-iam-policy-binding": "member role",
+    "gcloud storage buckets create": "location uniform-bucket-level-access",
+    "gcloud storage cp": "recursive",
+    "hf download": "local-dir",
+    "kubectl apply": "filename server-side",
+    "kubectl logs": "follow",
+    "sbatch": "nodes",
+    "xpk cluster create": "cluster project zone tpu-type num-slices spot custom-nodepool-arguments",
+    "xpk workload delete": "cluster zone workload",
+    "xpk workload list": "cluster zone",
+}
+"""The flags of other tools that the guides use, checked against each tool's reference."""
+
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every line of every console block."""
+    """The words of every command of every console block."""
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.S | re.M)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    found = []
+    for words in lines:
+        while "|" in words:
+            found.append(words[: words.index("|")])
+            words = words[words.index("|") + 1 :]
+        found.append(words)
+    return found
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
 def test_the_files_and_runs_that_a_guide_names_are_there(guide: Path) -> None:
+    """Once BUCKET is replaced no placeholder is left: `train.py` takes every run as it stands."""
     text = guide.read_text()
     named = set(re.findall(r"\b(?:deploy|configs)/[\w./-]+\.\w+", text))
     assert [name for name in named if not (ROOT / name).exists()] == []
     runs = [run for words in commands(text) if (run := run_of(words))]
     assert runs or guide.stem == "pods"
     for name, *settings in runs:
-        load_pretrain_config(name, settings)
+        if name.startswith("/shared/"):
+            continue  # the reader's own
+        settings = [setting.replace("gs://BUCKET", "gs://mine") for setting in settings]
+        config = refuse_placeholders(load_run_config(name, settings), name)
+        sizes = config.mesh.model_dump(exclude={"dcn"})
+        rows = [sizes[axis] * sizes_of_dcn(config)[axis] for axis in ("data", "fsdp", "expert")]
+        microbatch = config.model_dump()["training"]["microbatch_size"]
+        assert microbatch % prod(rows) == 0, f"{name}: {microbatch} rows over {rows}"
+
+
+def sizes_of_dcn(config: Any) -> dict[str, int]:
+    """How often each axis is repeated over slices or nodes."""
+    return {"expert": 1, **config.mesh.dcn.model_dump()}
 
 
 def run_of(words: list[str]) -> list[str]:
@@ -43,6 +95,46 @@ def run_of(words: list[str]) -> list[str]:
             later = words[number + len(start.split()) :]
             return later
     return []
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_a_guides_commands_are_those_of_their_tools(guide: Path) -> None:
+    for words in commands(guide.read_text()):
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        options = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+        if "serve.py" in words:
+            verbs = Parser(prog="serve.py").add_subparsers()
+            add_http(verbs, print)
+            verbs.choices["http"].parse_args(words[words.index("http") + 1 :])
+            continue
+        if words[:3] == ["python", "-m", "dsjax"]:
+            make_parser().parse_args(words[3:])
+            continue
+        said = " ".join(words)
+        known = [flags for tool, flags in FOREIGN.items() if f"{said} ".startswith(f"{tool} ")]
+        assert not options or known or words[0] in ("export", "xprof", "tensorboard"), said
+        for flags in known:
+            assert set(options) <= set(flags.split()), said
+
+
+def test_the_guides_runs_start_as_they_stand(stage: Stage) -> None:
+    """With BUCKET, PROJECT and REGION replaced; and not before."""
+    text = (ROOT / "docs/cloud-tpu.md").read_text()
+    calls = [words for words in commands(text) if "deploy/" in " ".join(words)]
+    calls = [words for words in calls if "run" in words or "deploy/xpk.sh" in words]
+    assert len(calls) == 5
+    for words in calls:
+        variables = dict(word.split("=") for word in words if re.match("[A-Z]+=", word))
+        script, *arguments = words[len(variables) :]
+        given = {"NAME": "n", "ZONE": "z", "TYPE": "v5p-8", "CLUSTER": "c", **variables}
+        stage.play({"ends": (0, 0, 0, 0)}, hosts=(None,) * 4)
+        image = "REGION-docker.pkg.dev/PROJECT/dsjax/dsjax"
+        name = script.removeprefix("deploy/")
+        assert stage.run(name, *arguments, IMAGE=image, **given).returncode == 2
+        arguments = [word.replace("BUCKET", "mine") for word in arguments]
+        done = stage.run(name, *arguments, IMAGE="r/p/dsjax", **given)
+        assert done.returncode == 0, done.stderr
 
 
 def expert_bytes(name: str) -> tuple[Any, float]:

@@ -22,7 +22,7 @@ CAPABILITIES = 0xA80425FB
 """What /proc/self/status says of a container with Docker's default capabilities: 14 of them."""
 
 REWARD = """
-import sys
+{before}
 from dsjax.cli import run
 from dsjax.rewards.sandbox import CODE, Sandbox
 
@@ -30,7 +30,6 @@ def main():
     with Sandbox([CODE], 1):
         print("isolated")
 
-{before}
 run(main)
 """
 
@@ -59,19 +58,22 @@ def reward(before: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def profile(refused: tuple[str, ...]) -> bytes:
-    """A filter on system calls that answers these with EPERM, and allows all others."""
-    column = {"x86_64": 0, "aarch64": 1}[platform.machine()]
+COLUMN = {"x86_64": 0, "aarch64": 1}[platform.machine()]
+
+
+def profile(calls: list[int], answer: int) -> str:
+    """A filter on system calls that answers these with an error, or 0, and allows all others."""
     code = [(0x20, 0, 0, 0)]
-    for name in refused:
-        code += [(0x15, 0, 1, seccomp._CALLS[name][column]), (0x06, 0, 0, 0x50000 | errno.EPERM)]
+    for number in calls:
+        code += [(0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | answer)]
     code.append((0x06, 0, 0, 0x7FFF0000))
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code).hex()
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 6])
 def test_what_dockers_default_profile_refuses_is_one_line_with_the_remedy(first: int) -> None:
-    done = reward(FILTER.format(code=profile(REFUSED[first:]).hex()))
+    numbers = [int(seccomp._CALLS[name][COLUMN] or 0) for name in REFUSED[first:]]
+    done = reward(FILTER.format(code=profile(numbers, errno.EPERM)))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: the reward 'code': this machine refuses isolation (")
     assert f"({REFUSED[first]}" in done.stderr and "Operation not permitted" in done.stderr
@@ -81,4 +83,25 @@ def test_what_dockers_default_profile_refuses_is_one_line_with_the_remedy(first:
 
 def test_dockers_default_capabilities_are_enough_without_its_profile() -> None:
     done = reward(DROP.format(kept=CAPABILITIES))
+    assert (done.returncode, done.stdout) == (0, "isolated\n"), done.stderr
+
+
+USER_NAMESPACE = """
+import ctypes, os
+uid, gid = os.geteuid(), os.getegid()
+assert ctypes.CDLL(None).unshare(0x10020000) == 0
+for file, text in ("setgroups", "deny"), ("uid_map", f"ROOT {uid} 1"), ("gid_map", f"ROOT {gid} 1"):
+    open(f"/proc/self/{file}", "w").write(text)
+"""
+
+FAKED = [(117, 147), (119, 149), (116, 159)]
+"""setresuid, setresgid and setgroups, which enroot's filter answers with success."""
+
+
+@pytest.mark.parametrize("user", ["0", "{uid}"], ids=["remapped to root", "as oneself"])
+def test_enroots_container_needs_no_option(user: str) -> None:
+    """It is made of user namespaces; its own filter only fakes changes of the user."""
+    before = USER_NAMESPACE.replace("ROOT", user)
+    before += FILTER.format(code=profile([numbers[COLUMN] for numbers in FAKED], 0))
+    done = reward(before)
     assert (done.returncode, done.stdout) == (0, "isolated\n"), done.stderr
