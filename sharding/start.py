@@ -23,7 +23,7 @@ from dsjax.config import DistributedConfig
 from dsjax.errors import UserError
 from sharding.cpu_devices import make_cpu_devices
 from sharding.flags import set_flags
-from sharding.watch import on_abort
+from sharding.watch import LOST, leave, on_abort
 
 
 class Place(NamedTuple):
@@ -122,7 +122,10 @@ def _cloud_tpu(seconds: int) -> Place | None:
 
 def _place_in(cluster: type[clusters.ClusterEnv], seconds: int) -> Place:
     port = os.environ.get("JAX_COORDINATOR_PORT")
-    address = cluster.get_coordinator_address(seconds, port)
+    try:
+        address = cluster.get_coordinator_address(seconds, port)
+    except RuntimeError as error:  # the name of its host is not known within `seconds`
+        leave(f"process 0 did not come within {seconds} s: {error}; start all again", LOST)
     return Place(address, cluster.get_process_count(), cluster.get_process_id(), None)
 
 

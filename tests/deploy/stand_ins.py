@@ -71,6 +71,9 @@ GONE = "gone"
 class World:
     """A request for TPUs, slices, and hosts; and what happens while a log is followed."""
 
+    port: int
+    """Where stand-ins ask what to say."""
+
     def __init__(self, home: Path) -> None:
         self.home = home
         self.calls: list[str] = []
@@ -97,7 +100,8 @@ class World:
             refuse: refuse a request.
         """
         self.story, self.states, self.granted = list(story), list(states), list(granted)
-        self.hosts, self.refuse = list(hosts), refuse
+        self.hosts: list[Any] = list(hosts)
+        self.refuse = refuse
         self.slices = [["READY"] * (len(hosts) // 2)]
 
     def answer(self, name: str, host: str, words: list[str]) -> Reply:

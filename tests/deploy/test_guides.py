@@ -30,11 +30,12 @@ FOREIGN = {
     "gcloud artifacts repositories create": "repository-format location",
     "gcloud compute firewall-rules create": "network allow source-ranges",
     "gcloud compute tpus tpu-vm service-identity create": "zone",
+    "gcloud compute networks subnets update": "region enable-private-ip-google-access",
     "gcloud container clusters create": "location",
     "gcloud container clusters get-credentials": "location",
     "gcloud container clusters update": "location workload-pool",
     "gcloud container node-pools create": "cluster location node-locations machine-type"
-    " tpu-topology num-nodes service-account spot",
+    " tpu-topology num-nodes service-account scopes spot",
     "gcloud container node-pools update": "cluster location workload-metadata",
     "gcloud projects add-iam-policy-binding": "member role",
     "gcloud storage buckets add-iam-policy-binding": "member role",

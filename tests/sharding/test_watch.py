@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import NoReturn
 
 import pytest
+from jax._src import clusters
 from jax.errors import JaxRuntimeError
 
-from sharding import watch
+from sharding import start, watch
 from sharding.watch import LOST, Watch
 
 
@@ -46,6 +48,28 @@ def test_a_broken_connection_or_device_is_worth_another_start(
         watching.fail(error)
     assert left.value.code == code
     assert json.loads(client.values["dsjax/end/why"])["code"] == code
+
+
+def test_a_first_host_that_is_not_there_yet_is_worth_another_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In GKE its name is known once its pod is scheduled."""
+
+    def find(seconds: int, port: str | None) -> str:
+        raise RuntimeError("Failed to recognize coordinator address slice-0-0")
+
+    left: list[tuple[str, int]] = []
+
+    def leave(text: str, code: int) -> NoReturn:
+        left.append((text, code))
+        raise SystemExit
+
+    monkeypatch.setattr(start, "leave", leave)
+    monkeypatch.setattr(clusters.GkeTpuCluster, "get_coordinator_address", find)
+    with pytest.raises(SystemExit):
+        start._place_in(clusters.GkeTpuCluster, 5)
+    [(text, code)] = left
+    assert text.startswith("process 0 did not come within 5 s: Failed") and code == LOST
 
 
 def test_its_code_is_none_that_means_anything_else() -> None:
