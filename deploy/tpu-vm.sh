@@ -20,6 +20,7 @@
 # PROJECT=... NETWORK=... SUBNETWORK=... SERVICE_ACCOUNT=...   by default gcloud's and the project's
 # CREATE_FLAGS=...  more flags of `gcloud compute tpus queued-resources create`, such as --reserved
 # SSH_FLAGS=...     more flags of `gcloud compute tpus queued-resources ssh`: --tunnel-through-iap
+# LOST_SECONDS=600  silence of a host after which its slice is given back, and another requested
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=checks.sh
 . "$(dirname "$0")/checks.sh"
@@ -132,18 +133,30 @@ containers() {
     sed -n 's/^dsjax-is //p' || true
 }
 
-start() {
-  local words code=0
+launch() {
+  local words
   words=$(printf ' %q' "$@")
-  say "starting on $hosts hosts"
   # Images first: processes that started would wait for those whose host still loads.
   on_hosts all all "sudo docker rm --force dsjax >/dev/null 2>&1; sudo rm -f /run/dsjax-stop; \
 sudo gcloud auth configure-docker ${IMAGE%%/*} --quiet && sudo docker pull --quiet $IMAGE" &&
-    on_hosts all all "sudo docker inspect dsjax >/dev/null 2>&1 || sudo docker run --detach \
+    on_hosts all all "sudo docker inspect dsjax >/dev/null 2>&1 || sudo docker run --detach --init \
 --name dsjax --label run=$run --privileged --network host --env TPU_ACCELERATOR_TYPE=$TYPE \
-$IMAGE python train.py$words" >/dev/null || code=$?
-  # 255 is ssh's own: `follow` finds out whether a host is gone.
-  ((code == 0 || code == 255)) || die "a host cannot start $IMAGE; docker says why above"
+$IMAGE python train.py$words" >/dev/null
+}
+
+# Starts the run on all hosts. Where a host is gone, or about to be, `follow` finds out.
+start() {
+  local code _
+  for _ in 1 2 3; do
+    say "starting on $hosts hosts"
+    code=0
+    launch "$@" || code=$?
+    ((code != 0 && code != 255)) || return 0 # 255 is ssh's own
+    pause
+    survey
+    [[ "$condition" == READY ]] || return 0
+  done
+  die "a host cannot start $IMAGE; docker says why above"
 }
 
 # Follows the run on all hosts until it ends. Sets `outcome`: the exit code to leave with; `again`

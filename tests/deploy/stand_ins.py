@@ -87,21 +87,23 @@ class World:
         granted: tuple[str, ...] = ("ACTIVE",),
         hosts: tuple[Any, ...] = (None, None),
         refuse: bool = False,
+        pulls_that_fail: int = 0,
     ) -> None:
         """Set the scene.
 
         Args:
             story: one event for each time that a log is followed. `ends` has an exit code, `GONE`
                 or None for each host's container, `ssh` an exit code of ssh's own, `stop` is what
-                `tpu-vm.sh stop` leaves; the rest are new values of `states` and `slices`.
+                `tpu-vm.sh stop` leaves; the rest are new values of what is set here.
             states: of the request, at each look; the last one stays; without any it is missing.
             granted: the same after a request.
             hosts: their containers; two of them are a slice.
             refuse: refuse a request.
+            pulls_that_fail: of images, before one works.
         """
         self.story, self.states, self.granted = list(story), list(states), list(granted)
         self.hosts: list[Any] = list(hosts)
-        self.refuse = refuse
+        self.refuse, self.pulls_that_fail = refuse, pulls_that_fail
         self.slices = [["READY"] * (len(hosts) // 2)]
 
     def answer(self, name: str, host: str, words: list[str]) -> Reply:
@@ -162,6 +164,7 @@ class World:
             (self.home / "host0/dsjax-stop").touch()
         self.states = list(event.get("states", self.states))
         self.slices = list(event.get("slices", self.slices))
+        self.pulls_that_fail = event.get("pulls_that_fail", self.pulls_that_fail)
         return Reply(event.get("ssh", code), out, error)
 
     def _on_host(self, host: int, command: str) -> subprocess.CompletedProcess:
@@ -177,8 +180,9 @@ class World:
 
     def _docker(self, host: int, words: list[str]) -> Reply:
         verb, container = words[0], self.hosts[host]
-        if verb == "pull" and "missing" in words[-1]:
-            return Reply(1, error="Error response from daemon: manifest unknown")
+        if verb == "pull" and self.pulls_that_fail:
+            self.pulls_that_fail -= 1
+            return Reply(1, error="Cannot connect to the Docker daemon. Is it running?")
         if verb == "run" and container:
             return Reply(125, error='Conflict. The container name "/dsjax" is already in use.')
         if verb == "run":

@@ -38,7 +38,10 @@ def test_a_run_is_asked_for_awaited_and_started_on_all_hosts(stage: Stage) -> No
         "--accelerator-type=v5p-1024 --runtime-version=v2-alpha-tpuv5 --zone=z"
     )
     started = next(call for call in stage.calls if call.startswith("host1 docker run"))
-    assert "--detach --name dsjax " in started and "--env TPU_ACCELERATOR_TYPE=v5p-1024" in started
+    assert (
+        "--detach --init --name dsjax " in started
+        and "--env TPU_ACCELERATOR_TYPE=v5p-1024" in started
+    )
     assert started.endswith(
         "r-docker.pkg.dev/p/r/dsjax python train.py v3-671b-v5p-512 run_dir=gs://b/my run "
         "data.sources.0.path=gs://b/*.parquet data.tokenizer=gs://b/t"
@@ -184,10 +187,21 @@ def test_a_request_that_fails_or_is_refused_ends_the_script(stage: Stage) -> Non
 
 
 def test_an_image_that_cannot_be_loaded_ends_the_script(stage: Stage) -> None:
-    stage.play(states=("ACTIVE",))
-    code, said = train(stage, IMAGE="r-docker.pkg.dev/p/r/missing")
+    stage.play(states=("ACTIVE",), pulls_that_fail=100)
+    code, said = train(stage)
     assert code == 2 and said.endswith("docker says why above\n")
     assert stage.deeds() == []
+
+
+def test_a_host_that_is_shut_down_while_the_run_starts_does_not_end_the_script(
+    stage: Stage,
+) -> None:
+    """Its processes have left with 143, docker is gone already, and the slice still says READY."""
+    soon = {"pulls_that_fail": 1, "slices": [["READY"], ["PREEMPTED"]]}
+    stage.play({**ended(143, 143), **soon}, ended(0, 0), states=("ACTIVE",))
+    code, said = train(stage)
+    assert code == 0 and "the TPUs were taken away" in said
+    assert stage.deeds() == [*STARTED, "delete", *ASKED]
 
 
 def test_hosts_that_never_answered_do_not_cost_the_tpus(stage: Stage) -> None:
