@@ -50,8 +50,8 @@ fi
 
 code=0
 srun "${options[@]}" python train.py "$@" || code=$?
-# 143: told to stop, and saved. 75: a process was lost. Other codes from 128 on: one was killed. All
-# of them go on from the newest checkpoint; 1 and 2, a run that failed and wrong input, do not.
+# 143: SIGTERM, after saving. 75: a process was lost. Other codes from 128 on: one was killed. Then
+# the run goes on from its newest checkpoint. After 1, a fault, and 2, wrong input, it would not.
 if ((code == 75 || (code >= 128 && code != 130))) && ((${SLURM_RESTART_COUNT:-0} < 100)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi
