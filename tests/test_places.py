@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dsjax.config_files import CONFIGS, load_run_config
 from dsjax.errors import UserError
 from dsjax.places import ObjectPath, as_path, local_path
 from dsjax.small_files import write_whole
@@ -36,6 +37,12 @@ def test_what_is_neither_is_refused(path: str) -> None:
 def test_the_placeholder_of_the_guides_is_no_bucket() -> None:
     with pytest.raises(UserError, match="gs://BUCKET/a: BUCKET stands for your own bucket"):
         as_path("gs://BUCKET/a")
+
+
+def test_a_configuration_may_lie_in_a_bucket(store: ObjectStore) -> None:
+    """So one of your own needs no new image."""
+    store.put("mine.yaml", (CONFIGS / "v2-lite-16b-v5e-16.yaml").read_bytes())
+    assert load_run_config(f"gs://{BUCKET}/mine.yaml", ["run_dir=a"]).run_dir == "a"
 
 
 def test_no_object_is_taken_for_a_file() -> None:
