@@ -7,13 +7,14 @@ import pytest
 
 from dsjax.data.chat_template import ChatTemplate
 from dsjax.data.tokenizer import BOS, EOS, Tokenizer, train_tokenizer
+from dsjax.inference.request import FinishReason
 from dsjax.serving.job import parse
 from dsjax.serving.reading import CHAT
 from tests.data.spoken import byte_ids, ids, make_served, run, speak, template, tokenizer
 from tests.serving.test_job import HI, PLAIN, chat, flat, joined
 
 
-def say(job, tokens, finish="stop", seed=0):
+def say(job, tokens, finish: FinishReason = "stop", seed=0):
     """Let the job's only request say `tokens`; returns the chunks."""
     return [chunk for update in speak(job.requests[0], tokens, finish, seed)
             for chunk in job.feed(update)]  # fmt: skip
