@@ -57,7 +57,7 @@ class ChatTemplate:
         UserError: the source is no jinja2.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, str]):
+    def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, Any]):
         environment = _Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -89,6 +89,10 @@ class ChatTemplate:
             raise UserError(str(error)) from None
         except TemplateError:
             pass
+
+    def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        """Return the same template with more variables, such as `enable_thinking`."""
+        return ChatTemplate(self.source, self._tokenizer, {**self._names, **variables})
 
     def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of `messages` and of the beginning of the answer.

@@ -140,6 +140,13 @@ def begins_in_thought(prompt: str) -> bool:
     return prompt.rstrip().endswith(OPENED)
 
 
+def close_thought(prompt: str) -> str:
+    """Close what the prompt opens, as an answer without a thought does: content comes next."""
+    if not begins_in_thought(prompt):
+        return prompt
+    return f"{prompt.rstrip()}\n\n{CLOSED}\n\n"
+
+
 def split_thought(prompt: str, text: str) -> tuple[str | None, str | None]:
     """Split a whole answer, as `ReasoningParser` does in pieces.
 
