@@ -5,7 +5,8 @@ would make of the messages before it, and what the model would have to write the
 
     answer     content, or <think>\\n thought \\n</think>\\n\\n content; without the opening tag
                where the template's prompt ends with it, as R1's does. Where the prompt has opened
-               a thought and there is none, the answer closes it at once.
+               a thought and there is none, the answer closes it at once. Where it has ended one,
+               as DeepSeek-V3.1's does, and there is a thought, the template is told to think.
     end        the template's own, up to its first added token; eos where it has none
 
 A thought is `reasoning_content`, or what a content begins with, up to </think>, by the rules of
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +31,13 @@ from jaxtyping import Bool, Int32
 
 from dsjax.data.chat_template import ChatTemplate
 from dsjax.data.conversations import Conversation
-from dsjax.data.thinking import CLOSED, OPENED, begins_in_thought, split_thought
+from dsjax.data.thinking import (
+    CLOSED,
+    OPENED,
+    begins_in_thought,
+    ends_thought,
+    split_thought,
+)
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.errors import UserError
 
@@ -77,17 +85,33 @@ class AnswerEncoder:
 
     def _turn(self, conversation: Conversation, turn: int) -> tuple[list[int], list[int]]:
         """The prompt's tokens, and the answer's."""
-        prompt = self._template.encode(conversation.messages[:turn])
-        message = conversation.messages[turn]
-        text = self._tokenizer.decode(prompt)
+        before, message = conversation.messages[:turn], conversation.messages[turn]
         try:
+            prompt, text = self._prompt(before, self._template)
+            if ends_thought(text) and _thought_and_content(message, opened=True)[0]:
+                prompt, text = self._prompt(before, self._thinking_template)
             thought, content = _thought_and_content(message, begins_in_thought(text))
+            if thought and ends_thought(text):
+                raise ValueError(
+                    "has a thought, and the template's prompt has ended it; leave one out"
+                )
         except ValueError as error:
             where = f"{conversation.where}: message {turn + 1}, the assistant's"
             raise UserError(f"{where}, {error}") from None
         self.thoughts += bool(thought)
         parts = _answer(thought, content, text)
         return prompt, [*self._template.encode_answer(parts), *self._end]
+
+    @cached_property
+    def _thinking_template(self) -> ChatTemplate:
+        return self._template.with_thought(True)
+
+    def _prompt(
+        self, messages: list[dict[str, str]], template: ChatTemplate
+    ) -> tuple[list[int], str]:
+        """The prompt's tokens and their text."""
+        prompt = template.encode(messages)
+        return prompt, self._tokenizer.decode(prompt)
 
     def _joined(self, turns: Iterator[tuple[list[int], list[int]]]) -> Iterator[Example]:
         tokens: list[int] = []

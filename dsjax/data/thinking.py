@@ -140,6 +140,11 @@ def begins_in_thought(prompt: str) -> bool:
     return prompt.rstrip().endswith(OPENED)
 
 
+def ends_thought(prompt: str) -> bool:
+    """Whether the prompt ends with </think>, and at most white space after it: content is next."""
+    return prompt.rstrip().endswith(CLOSED)
+
+
 def close_thought(prompt: str) -> str:
     """Close what the prompt opens, as an answer without a thought does: content comes next."""
     if not begins_in_thought(prompt):

@@ -10,9 +10,6 @@ from dsjax.data.chat_template import ChatTemplate, TemplateError
 from dsjax.data.thinking import begins_in_thought, close_thought
 from dsjax.errors import UserError
 
-SWITCHES = ("enable_thinking", "thinking")
-"""What templates call the variable that switches thoughts: Qwen3's, and DeepSeek-V3.1's."""
-
 WITHOUT_THOUGHT = "evaluate without thought (--no-think, enable_thinking=False) or without --chat"
 
 Messages = Sequence[Mapping[str, Any]]
@@ -23,8 +20,8 @@ class ChatPrompts:
 
     Args:
         template: the checkpoint's, if it has one.
-        think: whether an answer begins with a thought; None: as the template has it. It is told to
-            the template by `SWITCHES`; without thought, one that the prompt opens is closed.
+        think: whether an answer begins with a thought; None: as the template has it. The template
+            is told; without thought, one that its prompt opens all the same is closed.
 
     Raises:
         UserError: the template has no thoughts to switch on.
@@ -58,7 +55,7 @@ class ChatPrompts:
             raise UserError("the checkpoint has no chat template; ask without one")
         if think is None:
             return self._template.render(messages)
-        return self._template.with_variables(dict.fromkeys(SWITCHES, think)).render(messages)
+        return self._template.with_thought(think).render(messages)
 
     @cached_property
     def thinks(self) -> bool:

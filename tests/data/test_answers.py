@@ -159,6 +159,27 @@ def test_an_answer_whose_thought_is_not_plain_is_named_with_its_line(
         examples(source, tmp_path, record)
 
 
+SWITCHED = PLAIN.replace(
+    "<｜Assistant｜>{% endif %}",
+    "<｜Assistant｜>{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}",
+)
+"""As DeepSeek-V3.1's: no thought, unless it is told to think."""
+
+
+def test_a_template_whose_prompt_ends_the_thought_is_told_to_think_for_an_answer_that_does(
+    tmp_path,
+):
+    [(whole, trained)] = examples(SWITCHED, tmp_path, said("hi", "no"))
+    assert (whole.endswith(f"<｜Assistant｜></think>{trained}"), trained) == (True, f"no{EOS}")
+    for record in (said("hi", "no", reasoning_content="is it?"), said("hi", RAW)):
+        [(whole, trained)] = examples(SWITCHED, tmp_path, record)
+        assert trained == f"\nis it?\n</think>\n\nno{EOS}"
+        assert whole.endswith(f"<｜Assistant｜><think>{trained}")
+    never = SWITCHED.replace("{% if thinking %}", "{% if false %}")
+    with pytest.raises(UserError, match="has a thought, and the template's prompt has ended it"):
+        examples(never, tmp_path, said("hi", "no", reasoning_content="is it?"))
+
+
 def test_tags_in_quotations_are_text_and_a_turn_that_is_not_trained_may_have_any(tmp_path):
     text = "A thought ends with `</think>`, and begins with '<think>'."
     assert examples(PLAIN, tmp_path, said("hi", text))[0][1] == text + EOS
