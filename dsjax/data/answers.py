@@ -111,7 +111,15 @@ class AnswerEncoder:
     ) -> tuple[list[int], str]:
         """The prompt's tokens and their text."""
         prompt = template.encode(messages)
-        return prompt, self._tokenizer.decode(prompt)
+        text = self._tokenizer.decode(prompt)
+        if self.has_think_tokens and begins_in_thought(text):
+            decoded = (self._tokenizer.decode([token]).strip() for token in reversed(prompt))
+            if next(filter(None, decoded)) != OPENED:
+                raise ValueError(
+                    "follows a message that ends with <think>, which is text there and no token; "
+                    "choose a chat template whose prompt opens the thought"
+                )
+        return prompt, text
 
     def _joined(self, turns: Iterator[tuple[list[int], list[int]]]) -> Iterator[Example]:
         tokens: list[int] = []

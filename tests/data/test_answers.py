@@ -159,6 +159,17 @@ def test_an_answer_whose_thought_is_not_plain_is_named_with_its_line(
         examples(source, tmp_path, record)
 
 
+def test_a_thought_that_a_message_opens_by_characters_is_refused_and_not_trained_so(tmp_path):
+    written = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"message 2, .* ends with <think>, which is text there"):
+        examples(written, tmp_path, {"prompt": "hi<think>\n", "completion": RAW})
+    plain = train_tokenizer([""], 261)
+    encoder = AnswerEncoder(make_chat_template(written, plain, tmp_path), plain, "all")
+    row = {"prompt": "hi<think>\n", "completion": RAW}
+    [example] = encoder.examples(read_conversation(row, "here"))
+    assert plain.decode(example.tokens.tolist()) == f"hi<think>\n{RAW}{EOS}"
+
+
 SWITCHED = PLAIN.replace(
     "<｜Assistant｜>{% endif %}",
     "<｜Assistant｜>{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}",
