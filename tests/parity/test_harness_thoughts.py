@@ -12,6 +12,7 @@ from typing import Any
 import lm_eval.tasks
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 
 from dsjax import cli
@@ -78,6 +79,19 @@ def test_the_content_is_scored_and_stop_strings_are_those_of_the_content(
     asked, _ = model(template, said + content)
     shown = content.split(until[0])[0] if until else content
     assert generate(asked, until=until, max_gen_toks=200) == shown
+
+
+def test_contents_are_those_of_its_own_models_where_a_thought_ends(model: Any) -> None:
+    """But for blanks before the content, which they drop as well."""
+    compared = 0
+    for thought in (THOUGHT, "so</think>", "a. b\n</think>\n", "<think>\n" + THOUGHT):
+        for content in ("42", "42. So", "It is 42.\n\nQuestion: no", "4\n2 <think>"):
+            for until in ([], ["."], ["\n\n"], ["Question:", "\n"]):
+                asked, _ = model("opens", thought + content)
+                expected = postprocess_generated_text(thought + content, until, "</think>")
+                assert generate(asked, until=until, max_gen_toks=200) == expected
+                compared += 1
+    print(f"\n  {compared} answers, all alike")
 
 
 def test_a_thought_that_does_not_end_has_no_content_and_is_counted(
