@@ -100,7 +100,7 @@ class ReasoningParser:
                 return blanks + rest
 
     def _begun(self) -> None:
-        """It is known whether there is a thought."""
+        """Leave the beginning: whether there is a thought is known."""
         if self._beginning:
             self._beginning, self._trim = False, self.has_thought
             self.field = self.field or "content"
