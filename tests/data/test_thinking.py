@@ -153,7 +153,7 @@ def test_long_runs_take_time_that_grows_with_their_length():
         for _ in range(100_000):
             parser.push(run)
         parser.finish()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_tokens_of_the_thought_are_counted_without_the_tags():
