@@ -268,8 +268,10 @@ Tasks with the path of a published data set, as NAME=PATH: aime, gpqa, livecodeb
 mmlu-pro. Code and formulas are verified in jails, which need Linux, and the extra `post`.
 docs/evaluation.md says which files they read.
 
-harness:NAME is a task of lm-evaluation-harness, by its own rules: nothing of how answers are drawn
-here applies to it."""
+harness:NAME is a task of lm-evaluation-harness, by its own rules. With --chat the content of an
+answer is scored, without its thought. A model that thinks then draws as above, if --max-tokens,
+--temperature and --top-p do not say otherwise; others draw as the task says. --no-think leaves the
+thought out. Tasks that compare log-likelihoods are refused for a model that thinks."""
 
 EVAL_EXAMPLES = """\
 examples:
@@ -277,6 +279,8 @@ examples:
   dsjax eval DeepSeek-R1-Distill-Qwen-7B --tasks aime=aime24.jsonl --k 64
   dsjax eval DeepSeek-R1 --tasks gpqa=gpqa_diamond.csv --k 64 --mesh expert=8 --rows 64
   dsjax eval runs/demo --tasks harness:my_task --include tasks/
+  dsjax eval DeepSeek-R1 --tasks harness:ifeval --chat
+  dsjax eval Qwen3-8B --tasks harness:mmlu --chat --no-think
 
 Answers are kept in OUTPUT/answers.jsonl as they come: stopped or killed, the same command goes on,
 and with a larger --k it draws only what is new. Results: OUTPUT/results.json and results.png.
@@ -299,16 +303,18 @@ def _add_eval(verbs: argparse._SubParsersAction[Parser]) -> None:
     )
     verb.add_argument("--tasks", nargs="+", required=True, metavar="NAME[=PATH]",
                       help="what to measure")  # fmt: skip
-    verb.add_argument("--k", type=int, default=4, metavar="N",
+    verb.add_argument("--k", type=int, metavar="N",
                       help="answers to each question (4; R1's scores are of 64)")  # fmt: skip
-    verb.add_argument("--temperature", type=float, default=0.6, metavar="T",
-                      help="0 takes the likeliest token (0.6)")  # fmt: skip
-    verb.add_argument("--top-p", type=float, default=0.95, metavar="P",
-                      help="only the likeliest tokens that reach this together (0.95)")  # fmt: skip
-    verb.add_argument("--max-tokens", type=int, default=32_768, metavar="N",
+    verb.add_argument("--temperature", type=float, metavar="T",
+                      help="0 takes the likeliest token (0.6; harness: what the task says, and 0.6 "
+                      "for a model that thinks)")  # fmt: skip
+    verb.add_argument("--top-p", type=float, metavar="P",
+                      help="only the likeliest tokens that reach this together (0.95; harness: "
+                      "likewise)")  # fmt: skip
+    verb.add_argument("--max-tokens", type=int, metavar="N",
                       help="of an answer, thought included; less where the context ends "
-                      "(32768)")  # fmt: skip
-    verb.add_argument("--seed", type=int, default=0, metavar="N",
+                      "(32768; harness: likewise)")  # fmt: skip
+    verb.add_argument("--seed", type=int, metavar="N",
                       help="another one draws other answers (0)")  # fmt: skip
     verb.add_argument("--limit", type=int, metavar="N",
                       help="only the first N questions of each task (all)")  # fmt: skip
@@ -325,14 +331,21 @@ def _add_eval(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument("--mesh", type=mesh_sizes, metavar="AXIS=N,...",
                       help="spread the model over all devices, such as expert=4,tensor=2 (one "
                       "device)")  # fmt: skip
+    _add_harness(verb)
+    verb.set_defaults(verb=_eval)
+
+
+def _add_harness(verb: Parser) -> None:
     harness = verb.add_argument_group("tasks of lm-evaluation-harness")
     harness.add_argument("--include", type=Path, metavar="FOLDER",
                          help="where more of its tasks are, as YAML")  # fmt: skip
     harness.add_argument("--few-shot", type=int, metavar="N",
                          help="examples before each question (what the task says)")  # fmt: skip
-    harness.add_argument("--chat", action="store_true",
+    harness.add_argument("--chat", action="store_true", default=None,
                          help="put questions into the checkpoint's chat template")  # fmt: skip
-    verb.set_defaults(verb=_eval)
+    harness.add_argument("--think", action=argparse.BooleanOptionalAction,
+                         help="whether answers of a chat begin with a thought (what the template "
+                         "does)")  # fmt: skip
 
 
 def _eval(
@@ -341,21 +354,18 @@ def _eval(
     limit: int | None,
     output: Path | None,
     include: Path | None,
-    few_shot: int | None,
-    chat: bool,
     **options: Any,
 ) -> None:
     from dsjax.evaluation.run import run_eval
     from dsjax.evaluation.run_harness import run_harness
-    from dsjax.evaluation.settings import Room, Settings
+    from dsjax.evaluation.settings import HarnessSettings, Room, Settings, chosen
     from dsjax.evaluation.tasks import split_tasks
 
     room = Room(**{name: options.pop(name) for name in ("rows", "context", "dtype", "mesh")})
-    settings = Settings(**options)
     own, theirs = split_tasks(tasks)
     output = output or Path("evaluations") / checkpoint.resolve().name
     if theirs:
-        run_harness(checkpoint, theirs, room, limit=limit, output=output, include=include,
-                    few_shot=few_shot, chat=chat)  # fmt: skip
+        run_harness(checkpoint, theirs, room, chosen(HarnessSettings, options), limit=limit,
+                    output=output, include=include)  # fmt: skip
     else:
-        run_eval(checkpoint, own, settings, room, limit=limit, output=output)
+        run_eval(checkpoint, own, chosen(Settings, options), room, limit=limit, output=output)

@@ -28,6 +28,9 @@ MAX_CHARACTERS = 2**24
 MAX_PRODUCT = 4096
 """Bits of a number that a template multiplies, or characters of a text that it repeats."""
 
+THINK_SWITCHES = ("enable_thinking", "thinking")
+"""What templates call the variable that switches thoughts: Qwen3's, and DeepSeek-V3.1's."""
+
 _THINK_TAG = re.compile("(</?think>)")
 _NOTHING = re.compile("((?!))")
 
@@ -57,7 +60,7 @@ class ChatTemplate:
         UserError: the source is no jinja2.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, str]):
+    def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, Any]):
         environment = _Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -89,6 +92,11 @@ class ChatTemplate:
             raise UserError(str(error)) from None
         except TemplateError:
             pass
+
+    def with_thought(self, think: bool) -> ChatTemplate:
+        """Return the same template, told whether to think, by the variables in `THINK_SWITCHES`."""
+        names = {**self._names, **dict.fromkeys(THINK_SWITCHES, think)}
+        return ChatTemplate(self.source, self._tokenizer, names)
 
     def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of `messages` and of the beginning of the answer.

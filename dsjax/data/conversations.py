@@ -5,8 +5,9 @@ A row is one of
     {"messages": [{"role": ..., "content": ..., "reasoning_content": ..., "trained": ...}, ...]}
     {"prompt": TEXT OR MESSAGES, "completion" or "response": TEXT OR MESSAGES}
 
-`reasoning_content` and `trained` may be missing, and other keys of a row are not looked at. What is
-trained are the assistant's messages, but those with `"trained": false` and those of a `prompt`.
+`reasoning_content` and `trained` may be missing; vLLM calls the former `reasoning`, others
+`thinking`, and so may a row. Other keys of a row are not looked at. What is trained are the
+assistant's messages, but those with `"trained": false` and those of a `prompt`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dsjax.errors import UserError
 
 EXPECTED = "expected `messages`, or `prompt` and `completion` or `response`"
 COMPLETIONS = ("completion", "response")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class Conversation(NamedTuple):
@@ -132,4 +134,9 @@ def _message(item: Any, where: str) -> tuple[dict[str, str], bool]:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{where}.{key} holds half of a surrogate pair") from None
+    thoughts = [given.pop(key) for key in THOUGHTS if key in given]
+    if len(set(thoughts)) > 1:
+        raise ValueError(f"{where} has several thoughts, by {', '.join(THOUGHTS)}; give one")
+    if thoughts:
+        given["reasoning_content"] = thoughts[0]
     return given, trained and given["role"] == "assistant"

@@ -4,15 +4,20 @@
     python -m dsjax.evaluation.harness --model dsjax --model_args path=CHECKPOINT --tasks arc_easy
     lm_eval.simple_evaluate("dsjax", "path=CHECKPOINT", tasks=["arc_easy"])   # this file imported
 
-The numbers are those of its own `hf` model on the same files: what differs is said beside it.
+The numbers are those of its own `hf` model on the same files: what differs is said beside it. Of a
+model that thinks the content is scored, as by `hf` with `think_end_token=</think>`; differently
+from there, a thought that does not end leaves an empty content, and a task's stop strings are
+looked for in the content alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 from lm_eval import utils
@@ -21,11 +26,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from dsjax.data.text import TextStream
+from dsjax.data.thinking import CLOSED, OPENED, ThoughtfulSpeech, begins_in_thought
 from dsjax.errors import UserError
+from dsjax.evaluation.harness_chat import ChatPrompts
 from dsjax.evaluation.harness_requests import (
     Collector,
+    Content,
     Likelihood,
-    Text,
     read_options,
     seed_of_text,
 )
@@ -37,6 +44,8 @@ from dsjax.places import as_path
 
 CACHE_TOKENS = 4096
 """Tokens that the cache has for each row, where the model's limit is longer than that."""
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Pair = tuple[Any, list[int], list[int]]
@@ -57,10 +66,17 @@ class HarnessModel(TemplateLM):
         add_bos_token: whether a text begins with bos; None: what tokenizer_config.json says.
         batch_size, max_batch_size, device: what the command line always gives. The engine fills
             its rows by itself, on the devices that there are.
+        enable_thinking: whether answers in the chat template begin with a thought; None: as the
+            template has it. False tells the template so, as `enable_thinking` (Qwen3) and
+            `thinking` (DeepSeek-V3.1), and closes a thought that its prompt opens all the same.
+        think_end_token: as of `hf`; </think>, which need not be given.
 
     Raises:
-        UserError: the checkpoint cannot be read, or `max_length` is beyond it.
+        UserError: the checkpoint cannot be read, `max_length` is beyond it, or its chat template
+            has no thoughts to enable.
     """
+
+    enable_thinking: bool | None = None
 
     def __init__(
         self,
@@ -73,6 +89,8 @@ class HarnessModel(TemplateLM):
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | None = None,
     ):
         super().__init__()
         reader = read_checkpoint(as_path(path))
@@ -85,8 +103,13 @@ class HarnessModel(TemplateLM):
         limit = reader.config.max_position_embeddings - 2
         if max_length is not None and not 1 <= max_length <= limit:
             raise UserError(f"max_length is {max_length}; expected 1 to {limit} for this model")
+        if think_end_token not in (None, CLOSED):
+            raise UserError(f"think_end_token is {think_end_token!r}; thoughts end with {CLOSED}")
         self.max_length = max_length or limit
         self._reader = reader
+        self.enable_thinking = enable_thinking
+        if self.chat.thinks:
+            logger.info("%s thinks in a chat; its content is scored", path)
         context = self.max_length + 2
         # `hf` takes all that the model has into account, tokens that no text makes among it.
         self._engine = open_engine(
@@ -113,7 +136,8 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         """Tells this tokenizer and template from others, in the cache of requests."""
         template = self.chat_template(True) or ""
-        digest = hashlib.sha256((self._reader.tokenizer.digest + template).encode()).hexdigest()
+        text = f"{self._reader.tokenizer.digest}{template}{self.enable_thinking}"
+        digest = hashlib.sha256(text.encode()).hexdigest()
         return f"dsjax-{digest[:16]}"
 
     def tok_encode(
@@ -139,19 +163,34 @@ class HarnessModel(TemplateLM):
         prompt of the others.
 
         Raises:
-            UserError: the checkpoint has no template.
+            UserError: the checkpoint has no template, or the beginning would be one of a thought.
         """
-        template = self._reader.template
-        if template is None:
-            raise UserError(f"{self._reader.checkpoint}: has no chat template; ask without one")
         if add_generation_prompt:
-            return template.render(chat_history)
+            return self.chat.render(chat_history)
         *before, begun = chat_history
-        return template.render(before) + begun["content"]
+        return self.chat.render(before, begun["content"])
+
+    @cached_property
+    def chat(self) -> ChatPrompts:
+        """What makes prompts of chats."""
+        return ChatPrompts(self._reader.template, self.enable_thinking)
 
     # -----------------------------------------------------------------------------------------
     # What is asked
     # -----------------------------------------------------------------------------------------
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of a continuation of each context.
+
+        Raises:
+            UserError: a context ends where the model would think first.
+        """
+        for request in requests:
+            if self.chat.thinks_after(request.args[0]):
+                self.chat.refuse_likelihood(request.task_name)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -194,32 +233,61 @@ class HarnessModel(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of a task's stop strings, which is not part of them."""
+        """The content of answers, up to the first of a task's stop strings in it.
+
+        A thought is left out; where it does not end, the content is empty.
+        """
         seen: Counter[str] = Counter()
         asked, stops = [], []
         for request in requests:
             context, options = request.args
             sampling, until = read_options(options, self._reader.stop_tokens)
-            room = self.max_length - sampling.max_tokens
-            if room < 1:
-                raise UserError(
-                    f"a task generates {sampling.max_tokens} tokens, and max_length is "
-                    f"{self.max_length}; choose a larger one, or fewer tokens by --gen_kwargs"
-                )
             key = repr((context, options))
             seed = seed_of_text(key, seen[key])
             seen[key] += 1
-            prompt = tuple(self.tok_encode(context)[-room:])
-            asked.append((prompt, dataclasses.replace(sampling, seed=seed)))
+            prompt, length = self._fitted(context, sampling.max_tokens)
+            sampling = dataclasses.replace(sampling, seed=seed, max_tokens=length)
+            asked.append((prompt, sampling))
             stops.append(until)
         tokenizer = self._reader.tokenizer
-        texts = self._run(
-            asked,
-            lambda place: Text(TextStream(tokenizer, stops[place], tokenizer.special_ids)),
-        )
-        for request, text in zip(requests, texts, strict=True):
+        hidden = tokenizer.special_ids - {tokenizer.added_tokens.get(t) for t in (OPENED, CLOSED)}
+
+        def collect(place: int) -> Content:
+            opened = begins_in_thought(requests[place].args[0])
+            stream = TextStream(tokenizer, hidden=hidden)
+            return Content(ThoughtfulSpeech(stream, stops[place], opened))
+
+        answers = self._run(asked, collect)
+        if unfinished := sum(not finished for _, finished in answers):
+            logger.warning(
+                "%d of %d answers ended within their thought: their content is empty; allow more "
+                "tokens by --max-tokens, or --gen_kwargs max_gen_toks=N", unfinished, len(answers)
+            )  # fmt: skip
+        for request, (text, _) in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
-        return texts
+        return [text for text, _ in answers]
+
+    def _fitted(self, context: str, max_tokens: int) -> tuple[tuple[int, ...], int]:
+        """The tokens of a prompt, and how many may follow, so that both fit into the window.
+
+        A prompt that is too long loses its beginning, as of `hf`; before a thought, whose length
+        is not known, the limit of the answer is lowered instead.
+        """
+        prompt = self.tok_encode(context)
+        if self.chat.thinks_after(context):
+            if len(prompt) >= self.max_length:
+                raise UserError(
+                    f"a task's prompt has {len(prompt)} tokens, and max_length is "
+                    f"{self.max_length}; choose a larger one (--context)"
+                )
+            return tuple(prompt), min(max_tokens, self.max_length - len(prompt))
+        room = self.max_length - max_tokens
+        if room < 1:
+            raise UserError(
+                f"a task generates {max_tokens} tokens, and max_length is {self.max_length}; "
+                "choose a larger one, or fewer tokens by --max-tokens or --gen_kwargs"
+            )
+        return tuple(prompt[-room:]), max_tokens
 
     def _run(
         self,

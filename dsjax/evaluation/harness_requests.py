@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
-from dsjax.data.text import TextStream
+from dsjax.data.thinking import ThoughtfulSpeech
 from dsjax.errors import UserError
 from dsjax.inference.request import LARGEST_SEED, SamplingParams, TokenLogprob, Update
 
@@ -52,24 +52,24 @@ class Likelihood:
         return sum(one.logprob for one in self._found), greedy
 
 
-class Text:
-    """What is generated, up to a stop string."""
+class Content:
+    """The content of what is generated, up to a stop string: a thought is no part of it."""
 
-    def __init__(self, stream: TextStream):
-        self._stream = stream
+    def __init__(self, speech: ThoughtfulSpeech):
+        self._speech = speech
         self._text = ""
 
     def take(self, update: Update) -> bool:
         """Whether a stop string has come."""
-        for token in update.tokens:
-            self._text += self._stream.push(token)
+        pieces = [piece for token in update.tokens for piece in self._speech.push(token)]
         if update.finish is not None:
-            self._text += self._stream.finish()
-        return self._stream.stopped_by is not None
+            pieces += self._speech.finish()
+        self._text += "".join(text for field, text in pieces if field == "content")
+        return self._speech.stopped
 
-    def result(self) -> str:
-        """The text before it."""
-        return self._text
+    def result(self) -> tuple[str, bool]:
+        """The text before it, and whether the thought came to its end."""
+        return self._text, self._speech.field != "reasoning_content"
 
 
 def read_options(

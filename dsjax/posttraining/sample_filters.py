@@ -25,7 +25,7 @@ from dsjax.config_sample import (
     ReadableFilter,
     SampleConfig,
 )
-from dsjax.data.thinking import CLOSED, OPENED, split_thought
+from dsjax.data.thinking import CLOSED, OPENED, split_thought, think_tags
 from dsjax.errors import UserError
 from dsjax.inference.drawing import seed_of
 from dsjax.posttraining.sample_rows import Drawn
@@ -124,11 +124,13 @@ def _unreadable(config: ReadableFilter, answer: Answer) -> str | None:
     thought, content = split_thought(answer.prompt, answer.text)
     if _BROKEN.search(answer.text):
         return "broken characters"
-    if any(tag in part for tag in (OPENED, CLOSED) for part in (thought or "", content)):
+    tags = think_tags(answer.prompt, answer.text)
+    if tags != [OPENED, CLOSED][: len(tags)] or (tags and thought is None):
         return "stray tag"
     if "```" in (thought or ""):
         return "code block in thought"
-    paragraphs = _BLANK_LINE.split(_FENCED.sub("\n\n", content if thought is None else thought))
+    prose = (content or "") if thought is None else thought
+    paragraphs = _BLANK_LINE.split(_FENCED.sub("\n\n", prose))
     if max(map(len, paragraphs)) > config.longest_paragraph:
         return "long paragraph"
     return "repetition" if repeats_itself(answer.text) else None

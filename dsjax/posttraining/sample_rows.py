@@ -77,7 +77,7 @@ def data_row(drawn: Drawn, origin: Mapping[str, Any]) -> dict[str, Any]:
         row = {"prompt": asked.said, "completion": text}
     else:
         thought, content = split_thought(asked.prompt, text)
-        answer = {"role": "assistant", "content": content}
+        answer = {"role": "assistant", "content": content or ""}
         if thought:
             answer["reasoning_content"] = thought
         row = {"messages": [*map(_untrained, asked.said), answer]}

@@ -126,6 +126,9 @@ def _read_data(
                  f"{examples.lengths.sum():,} tokens")  # fmt: skip
     if left_out:
         say(console, f"{left_out:,} examples longer than {length:,} tokens are left out")
+    if encoder.thoughts and not encoder.has_think_tokens:
+        say(console, f"{encoder.thoughts:,} answers have a thought; the tokenizer has no tokens "
+                     "for <think> and </think>: they are trained as text")  # fmt: skip
     answers = AnswerRows(
         examples,
         epochs=config.training.epochs,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dsjax.data.thinking import CLOSED, OPENED, begins_in_thought
+from dsjax.data.thinking import split_thought
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +26,16 @@ class Answer:
 
 
 def final_answer(answer: Answer) -> str | None:
-    """The text after the thought, stripped; None where there is no answer.
+    """The content, stripped, as `ReasoningParser` finds it; None where there is no answer.
 
-    That is what follows the last </think>; all of the text where no thought was opened; of it, what
-    stands inside the last <answer> and </answer>, if they do. A thought that does not end has no
-    answer, and neither has a text that ran into its limit.
+    Of the content, what stands inside the last <answer> and </answer>, if they do. A thought that
+    does not end has no answer, and neither has a text that ran into its limit.
     """
-    if answer.truncated:
+    _, content = split_thought(answer.prompt, answer.text)
+    if answer.truncated or content is None:
         return None
-    _, closed, text = answer.text.rpartition(CLOSED)
-    if OPENED in text or (not closed and begins_in_thought(answer.prompt)):
-        return None
-    marked = text.rpartition("</answer>")[0].rpartition("<answer>")
-    return (marked[2] if marked[1] else text).strip()
+    marked = content.rpartition("</answer>")[0].rpartition("<answer>")
+    return (marked[2] if marked[1] else content).strip()
 
 
 def python_block(text: str) -> str | None:

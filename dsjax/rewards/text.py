@@ -6,7 +6,7 @@ import re
 import string
 
 from dsjax.config_rewards import ChoiceReward, ExactReward, FormatReward, LengthReward
-from dsjax.data.thinking import CLOSED, OPENED, begins_in_thought
+from dsjax.data.thinking import CLOSED, OPENED, begins_in_thought, split_thought
 from dsjax.rewards.answer import Answer, final_answer
 
 
@@ -64,14 +64,15 @@ def format_(config: FormatReward, answer: Answer) -> float:
     and the answer after it is not empty. With `answer_tags`, nothing but blanks stands outside of
     <answer> and </answer> there.
     """
-    text = (OPENED if begins_in_thought(answer.prompt) else "") + answer.text
+    opened = [OPENED] if begins_in_thought(answer.prompt) else []
     expected = [OPENED, CLOSED] + (["<answer>", "</answer>"] if config.answer_tags else [])
-    found = _TAG.findall(text)
+    found = opened + _TAG.findall(answer.text)
     if not config.answer_tags:  # then these are text like any other
         found = [tag for tag in found if tag in (OPENED, CLOSED)]
-    if answer.truncated or found != expected or not text.lstrip().startswith(OPENED):
+    thought, content = split_thought(answer.prompt, answer.text)
+    if answer.truncated or found != expected or thought is None or content is None:
         return 0.0
-    after = text.partition(CLOSED)[2].strip()
+    after = content.strip()
     if config.answer_tags:
         inside = after.removeprefix("<answer>").removesuffix("</answer>")
         return float(len(inside) == len(after) - len("<answer></answer>") and bool(inside.strip()))

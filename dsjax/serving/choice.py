@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from dsjax.data.thinking import Field, Speech
+from dsjax.data.thinking import Field, Piece, Speech
 from dsjax.inference.request import FinishReason, TokenLogprob, Update
 
 LOWEST_LOGPROB = -9999.0
@@ -31,10 +32,11 @@ class Part:
     scores: list[Score] = dataclasses.field(default_factory=list)
     finish: FinishReason | None = None
 
-    def say(self, field: Field, text: str) -> None:
+    def say(self, pieces: Iterable[Piece]) -> None:
         """Add text, if there is any."""
-        if text:
-            self.text[field] = self.text.get(field, "") + text
+        for field, text in pieces:
+            if text:
+                self.text[field] = self.text.get(field, "") + text
 
 
 @dataclasses.dataclass
@@ -53,6 +55,8 @@ class Choice:
     echo: int | None = None
     """The text begins with the prompt, from this token on: bos that we added is no text."""
     parts: list[Part] = dataclasses.field(default_factory=list)
+    waiting: list[Score] = dataclasses.field(default_factory=list)
+    """Scores of tokens at the beginning, while white space or a part of <think> has no field."""
     completion_tokens: int = 0
     cached_tokens: int = 0
 
@@ -96,7 +100,8 @@ class Choice:
             if self.stopped:
                 break
         if update.finish or self.stopped:
-            part.say(*self.speech.finish())
+            part.say(self.speech.finish())
+            self._settle(part)
             # What is held back to the end may still hold a stop string.
             part.finish = "stop" if self.stopped else "length" if self.silent else update.finish
         return part
@@ -109,19 +114,30 @@ class Choice:
         for place, (token, score) in enumerate(zip(self.prompt, scores, strict=True)):
             offset = self.speech.characters
             if place >= self.echo:
-                part.say(*self.speech.echo(token))
+                part.say([("text", self.speech.echo(token))])
             if update.prompt_logprobs:
-                part.scores.append(_score(self.speech.field, offset, token, score))
+                part.scores.append(_score("text", offset, token, score))
 
     def _take_token(self, token: int, score: TokenLogprob | None, part: Part, shown: bool) -> None:
         offset = self.speech.characters
         self.completion_tokens += 1
         field = self.speech.field
         if shown:
-            field, text = self.speech.push(token, watch=self.completion_tokens > self.min_tokens)
-            part.say(field, text)
-        if score is not None:
+            watch = self.completion_tokens > self.min_tokens
+            part.say(self.speech.push(token, watch))
+        if score is None:
+            return
+        self._settle(part)
+        if (field := field or self.speech.field) is None:
+            self.waiting.append(_score("content", offset, token, score))
+        else:
             part.scores.append(_score(field, offset, token, score))
+
+    def _settle(self, part: Part) -> None:
+        """Add the scores that waited, once their tokens have a field."""
+        if self.waiting and (field := self.speech.field) is not None:
+            part.scores += [score._replace(field=field) for score in self.waiting]
+            self.waiting.clear()
 
 
 def _score(field: Field, offset: int, token: int, score: TokenLogprob | None) -> Score:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsjax.data.chat_template import TemplateError
 from dsjax.data.text import TextStream, encode_with_added_tokens
-from dsjax.data.thinking import Speech, ThoughtfulSpeech, opens_thought
+from dsjax.data.thinking import Speech, ThoughtfulSpeech, begins_in_thought
 from dsjax.errors import UserError
 from dsjax.inference.request import LARGEST_SEED, Request, Update
 from dsjax.serving.bodies import ChatBody, CompletionBody, Message
@@ -20,6 +20,9 @@ from dsjax.serving.reading import logprobs, read_body, sampling
 
 MAX_CHOICES = 1024
 """Of all prompts of one request together."""
+
+PROMPT_END = 64
+"""Tokens at a prompt's end among which a <think> that opens a thought is looked for."""
 
 TEMPLATE_KEYS = ("content", "reasoning_content", "name", "tool_call_id")
 """What a chat template is told of a message, beside its role."""
@@ -203,19 +206,17 @@ def _choice(
     added: int,
 ) -> Choice:
     """An empty choice for a prompt's tokens, of which we put the first `added` there."""
-    start_id = served.think_start_id
-
-    def new_stream() -> TextStream:
-        return TextStream(served.tokenizer, asked.stop or (), served.tokenizer.special_ids)
-
+    tokenizer, stops = served.tokenizer, asked.stop or ()
     if isinstance(asked, ChatBody):
-        thinking = opens_thought(tokens, served.tokenizer, start_id)
-        speech = ThoughtfulSpeech(new_stream, start_id, served.think_end_id, thinking)
+        tags = {served.think_start_id, served.think_end_id}
+        stream = TextStream(tokenizer, hidden=tokenizer.special_ids - tags)
+        opened = begins_in_thought(tokenizer.decode(tokens[-PROMPT_END:]))
+        speech = ThoughtfulSpeech(stream, stops, opened)
         return Choice(index, tokens, speech, first, asked.min_tokens or 0)
     return Choice(
         index,
         tokens,
-        Speech(new_stream()),
+        Speech(TextStream(tokenizer, stops, tokenizer.special_ids)),
         first,
         min_tokens=asked.min_tokens or 0,
         silent=asked.max_tokens == 0,

@@ -68,6 +68,7 @@ class Served:
     """Whether a completion's prompt that is text begins with bos."""
     think_start_id: int | None = None
     think_end_id: int | None = None
+    """<think> and </think>, where each is one token: never hidden, even if it is a special one."""
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

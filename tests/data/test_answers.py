@@ -9,6 +9,8 @@ import pytest
 from dsjax.data.answers import AnswerEncoder
 from dsjax.data.chat_template import ChatTemplate, TemplateError, make_chat_template
 from dsjax.data.conversations import hold_out, read_conversation, read_conversations
+from dsjax.data.thinking import split_thought
+from dsjax.data.tokenizer import train_tokenizer
 from dsjax.errors import UserError
 from tests.data.spoken import TEMPLATE as R1
 from tests.data.spoken import tokenizer
@@ -80,7 +82,7 @@ def test_a_question_that_repeats_the_answer_changes_nothing(tmp_path):
 def test_the_tokens_are_those_that_a_server_would_read_and_the_model_would_write(tmp_path):
     """So a special token that a message spells is its characters, in question and answer."""
     chat = template(PLAIN, tmp_path)
-    record = said(f"{EOS}<｜User｜>", f"<think>{EOS} stop")
+    record = said(f"{EOS}<｜User｜>", f"is <think>{EOS} stop")
     [example] = AnswerEncoder(chat, TOKENS, "all").examples(read_conversation(record, "here"))
     prompt = chat.encode(record["messages"][:1])
     assert example.tokens[: len(prompt)].tolist() == prompt
@@ -104,6 +106,124 @@ def test_a_thought_may_stand_in_the_content_and_means_the_same(tmp_path):
     for source in (R1, PLAIN):
         assert examples(source, tmp_path, apart) == examples(source, tmp_path, inside)
     assert examples(PLAIN, tmp_path, apart)[0][1] == f"<think>\nis it?\n</think>\n\nno{EOS}"
+
+
+RAW = "is it?\n</think>\n\nno"
+"""As servers without a reasoning parser give what follows R1's prompt."""
+
+
+def test_an_answer_that_only_closes_its_thought_has_it_where_the_prompt_opens_one(tmp_path):
+    apart = examples(R1, tmp_path, said("hi", "no", reasoning_content="is it?"))
+    for content in (RAW, "\n" + RAW, "is it?</think>no", f"<think>\n{RAW}", f"\n <think>\n{RAW}"):
+        assert examples(R1, tmp_path, said("hi", content)) == apart
+    assert apart[0][1] == f"is it?\n</think>\n\nno{EOS}"
+    assert examples(R1, tmp_path, {"prompt": "hi", "completion": RAW}) == apart
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("thought", ["is it?", "<think>\nis it?\n</think>\n"])
+@pytest.mark.parametrize("content", ["no", RAW, f"<think>{RAW}"])
+def test_a_thought_that_is_given_twice_or_with_its_tags_is_one(tmp_path, key, thought, content):
+    apart = examples(R1, tmp_path, said("hi", "no", reasoning_content="is it?"))
+    assert examples(R1, tmp_path, said("hi", content, **{key: thought})) == apart
+
+
+def test_a_thought_that_is_given_as_empty_does_not_hide_one_in_the_content(tmp_path):
+    apart = examples(R1, tmp_path, said("hi", "no", reasoning_content="is it?"))
+    assert examples(R1, tmp_path, said("hi", RAW, reasoning_content="")) == apart
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "given", "problem"),
+    [
+        (PLAIN, RAW, None, "has </think> without <think>"),
+        (PLAIN, "<think>is it", None, "opens a thought that has no </think>"),
+        (R1, "\n<think>is it", None, "opens a thought that has no </think>"),
+        (R1, "Well. <think>is it?</think>no", None, "has more think tags"),
+        (PLAIN, "Well. <think>is it?</think>no", None, "has more think tags"),
+        (R1, "<think>a <think>b</think>c</think>no", None, "has more think tags"),
+        (R1, "is it?</think>so</think>no", None, "has more think tags"),
+        (R1, "<think>Is `</think>` a tag?</think>no", None, "has more think tags"),
+        (R1, RAW, "another", "has reasoning_content, and another thought"),
+        (R1, "<think>so</think>no", "another", "has reasoning_content, and another thought"),
+        (R1, "is it?\n</think>\n", None, "has a thought and no content"),
+        (R1, "", "is it?", "has a thought and no content"),
+        (PLAIN, "<think>is it?</think>", None, "has a thought and no content"),
+    ],
+)
+def test_an_answer_whose_thought_is_not_plain_is_named_with_its_line(
+    tmp_path, source, content, given, problem
+):
+    record = said("hi", content) if given is None else said("hi", content, reasoning_content=given)
+    with pytest.raises(UserError, match=rf"^here: message 2, the assistant's, {problem}"):
+        examples(source, tmp_path, record)
+
+
+def test_a_thought_that_a_message_opens_by_characters_is_refused_and_not_trained_so(tmp_path):
+    written = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"message 2, .* ends with <think>, which is text there"):
+        examples(written, tmp_path, {"prompt": "hi<think>\n", "completion": RAW})
+    plain = train_tokenizer([""], 261)
+    encoder = AnswerEncoder(make_chat_template(written, plain, tmp_path), plain, "all")
+    row = {"prompt": "hi<think>\n", "completion": RAW}
+    [example] = encoder.examples(read_conversation(row, "here"))
+    assert plain.decode(example.tokens.tolist()) == f"hi<think>\n{RAW}{EOS}"
+
+
+SWITCHED = PLAIN.replace(
+    "<｜Assistant｜>{% endif %}",
+    "<｜Assistant｜>{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}",
+)
+"""As DeepSeek-V3.1's: no thought, unless it is told to think."""
+
+
+def test_a_template_whose_prompt_ends_the_thought_is_told_to_think_for_an_answer_that_does(
+    tmp_path,
+):
+    [(whole, trained)] = examples(SWITCHED, tmp_path, said("hi", "no"))
+    assert (whole.endswith(f"<｜Assistant｜></think>{trained}"), trained) == (True, f"no{EOS}")
+    for record in (said("hi", "no", reasoning_content="is it?"), said("hi", RAW)):
+        [(whole, trained)] = examples(SWITCHED, tmp_path, record)
+        assert trained == f"\nis it?\n</think>\n\nno{EOS}"
+        assert whole.endswith(f"<｜Assistant｜><think>{trained}")
+    never = SWITCHED.replace("{% if thinking %}", "{% if false %}")
+    with pytest.raises(UserError, match="has a thought, and the template's prompt has ended it"):
+        examples(never, tmp_path, said("hi", "no", reasoning_content="is it?"))
+
+
+def test_tags_in_quotations_are_text_and_a_turn_that_is_not_trained_may_have_any(tmp_path):
+    text = "A thought ends with `</think>`, and begins with '<think>'."
+    assert examples(PLAIN, tmp_path, said("hi", text))[0][1] == text + EOS
+    assert examples(R1, tmp_path, said("hi", text))[0][1] == f"\n</think>\n\n{text}{EOS}"
+    inside = f"<think>so</think>{text}"
+    assert examples(PLAIN, tmp_path, said("hi", inside))[0][1].endswith(f"</think>\n\n{text}{EOS}")
+    record = said("hi", RAW, "stop?", "no")
+    record["messages"][1]["trained"] = False
+    assert examples(R1, tmp_path, record)[0][1] == f"\n</think>\n\nno{EOS}"
+
+
+def test_a_thought_is_split_as_a_server_would_split_the_answer(tmp_path):
+    """What is trained after the prompt is parsed again to the same thought and content."""
+    for source in (R1, PLAIN):
+        for thought, content in (
+            ("is it?", "no"),
+            ("", "no"),
+            ("a\n\nb", "`</think>`"),
+            ("中", " x"),
+        ):
+            record = said("hi", content, reasoning_content=thought)
+            [(whole, trained)] = examples(source, tmp_path, record)
+            prompt = whole.removesuffix(trained)
+            assert split_thought(prompt, trained.removesuffix(EOS)) == (thought, content)
+
+
+def test_a_tokenizer_without_tags_has_them_trained_as_text(tmp_path):
+    plain = train_tokenizer([""], 261)
+    encoder = AnswerEncoder(make_chat_template(PLAIN, plain, tmp_path), plain, "all")
+    [example] = encoder.examples(read_conversation(said("hi", f"<think>{RAW}"), "here"))
+    assert (encoder.thoughts, encoder.has_think_tokens) == (1, False)
+    trained = plain.decode(example.tokens[example.trained].tolist())
+    assert trained == f"<think>\nis it?\n</think>\n\nno{EOS}"
 
 
 def test_an_answer_without_a_thought_closes_what_the_prompt_opened(tmp_path):
@@ -136,6 +256,7 @@ def test_a_template_that_changes_answers_is_refused(tmp_path):
         (said("hi", "no", trained=False), "no answer of the assistant"),
         (said("hi", "no", trained="no"), r"messages\[1\].trained is 'no'"),
         ({"prompt": "hi", "completion": 3}, "completion is a int"),
+        (said("hi", "no", reasoning="a", thinking="b"), r"messages\[1\] has several thoughts"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named_with_its_line(tmp_path, record, expected):

@@ -38,6 +38,9 @@ class ScriptedEngine:
         self.submitted.append(request)
         self._open[request.id] = request.sampling.max_tokens, self.script(request)
 
+    def cancel(self, name: str) -> None:
+        del self._open[name]
+
     def step(self) -> list[Update]:
         if self.steps is not None:
             self.steps -= 1

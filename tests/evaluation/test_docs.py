@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsjax.cli import make_parser
-from dsjax.evaluation.settings import Room, Settings
+from dsjax.evaluation.settings import HarnessSettings, Room, Settings, chosen
 from dsjax.evaluation.tasks import MADE, READ, split_tasks
 from tests.evaluation.stand_ins import ScriptedEngine, evaluate
 
@@ -21,7 +21,9 @@ def test_it_is_understood(command):
     own, theirs = split_tasks(asked["tasks"])
     assert {name.partition("=")[0] for name in own} <= set(MADE) | set(READ)
     assert own or theirs
-    Settings(**{name: asked[name] for name in ("k", "temperature", "top_p", "max_tokens", "seed")})
+    names = ("k", "temperature", "top_p", "max_tokens", "seed", "few_shot", "chat", "think")
+    options = {name: asked[name] for name in names}
+    chosen(HarnessSettings if theirs else Settings, options)
     Room(**{name: asked[name] for name in ("rows", "context", "dtype", "mesh")})
 
 
@@ -34,7 +36,7 @@ def test_the_first_command_runs(checkpoint, tmp_path, monkeypatch):
     asked = vars(make_parser().parse_args(shlex.split(COMMANDS[0])[1:]))
     assert str(asked["checkpoint"]) == "runs/cpu-tiny"
     evaluate(monkeypatch, ScriptedEngine(), checkpoint, tmp_path, *asked["tasks"],
-             k=asked["k"], max_tokens=asked["max_tokens"], limit=asked["limit"])  # fmt: skip
+             max_tokens=asked["max_tokens"], limit=asked["limit"])  # fmt: skip
     assert (tmp_path / "results.json").is_file()
 
 

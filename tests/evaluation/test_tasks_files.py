@@ -85,7 +85,7 @@ def test_gpqa_shuffles_by_the_question_alone(tmp_path):
     assert set(places) == set("ABCD") and max(places.values()) < 20
 
 
-def test_mmlu_in_its_three_forms(tmp_path):
+def test_mmlu_in_its_three_forms_and_c_eval(tmp_path):
     simple = write_csv(
         tmp_path / "simple.csv",
         [[0, "What?", *CHOICES, "C", "law"]],
@@ -93,7 +93,11 @@ def test_mmlu_in_its_three_forms(tmp_path):
     )
     (tmp_path / "original").mkdir()
     write_csv(tmp_path / "original" / "law_test.csv", [["What?", *CHOICES, "C"]])
-    paths = (write_jsonl(tmp_path / "cais.jsonl", MMLU), simple, tmp_path / "original")
+    (tmp_path / "val").mkdir()
+    titles = ["id", "question", *"ABCD", "answer", "explanation"]
+    write_csv(tmp_path / "val" / "law_val.csv", [[0, "What?", *CHOICES, "C", ""]], titles)
+    cais = write_jsonl(tmp_path / "cais.jsonl", MMLU)
+    paths = (cais, simple, tmp_path / "original", tmp_path / "val")
     tasks = [read("mmlu", path) for path in paths]
     assert len({task.questions[0].digest for task in tasks}) == 1
     [question] = tasks[0].questions

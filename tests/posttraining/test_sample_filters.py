@@ -27,7 +27,9 @@ ANSWERS = {
     f"{PARAGRAPH}</think>4": "unreadable: long paragraph",
     f"{PARAGRAPH[:40]}\n\n{PARAGRAPH[40:]}</think>4": KEPT,
     "\n\n".join(["I add two and two again."] * 9) + "</think>4": "unreadable: repetition",
-    "Two.</think>Or not.</think>4": "unreadable: stray tag",
+    "Two.</think>Or not.</think>4": "wrong",
+    "<think>Two, once more.</think>4": "unreadable: stray tag",
+    "Two. <think> So.</think>4": "unreadable: stray tag",
     "Two\x07.</think>4": "unreadable: broken characters",
 }
 

@@ -1,10 +1,14 @@
 """What rewards of text alone say: exact match, a chosen letter, the format, the length."""
 
+import random
+
 import pytest
 
 from dsjax.config_rewards import ChoiceReward, ExactReward, FormatReward, LengthReward
 from dsjax.rewards.answer import Answer, final_answer, python_block
 from dsjax.rewards.text import choice, exact, format_, length
+
+PROMPTS = ["Q", "Q<think>\n"]
 
 
 def answer(text: str, prompt: str = "Q", truncated: bool = False, tokens: int = 9, **example):
@@ -17,11 +21,15 @@ def answer(text: str, prompt: str = "Q", truncated: bool = False, tokens: int = 
         ("42", "Q", "42"),
         ("<think>\nhm\n</think>\n\n42\n", "Q", "42"),
         ("hm</think>42", "Q<think>\n", "42"),
-        ("<think>a</think>b</think> 42", "Q", "42"),
+        ("\n <think>\nhm</think>42", "Q", "42"),
+        ("\n<think>\nhm</think>42", "Q<think>\n", "42"),  # opened once more
+        ("<think>a</think>b</think> 42", "Q", "b</think> 42"),  # the first ends it
+        ("hm</think>42", "Q", "hm</think>42"),  # nothing has opened it
+        ("<think>hm</think>", "Q", ""),
         ("<think>hm</think><answer> 42 </answer>", "Q", "42"),
         ("hm, 42", "Q<think>\n", None),
         ("<think>42", "Q", None),
-        ("<think>hm</think>42 <think>no", "Q", None),
+        ("<think>hm</think>42 <think>no", "Q", "42 <think>no"),
     ],
 )
 def test_the_answer_is_what_follows_the_thought(text: str, prompt: str, expected: str | None):
@@ -97,6 +105,18 @@ def test_tags_stand_each_once_and_in_order(prompt: str, text: str, plain: int, t
     assert format_(FormatReward(), answer(text, prompt)) == plain
     assert format_(FormatReward(answer_tags=True), answer(text, prompt)) == tagged
     assert format_(FormatReward(), answer(text, prompt, truncated=True)) == 0
+
+
+def test_what_has_the_format_is_split_by_the_reasoning_parser_as_by_its_tags():
+    draw = random.Random(0)
+    pieces = ["<think>", "</think>", "\n", " ", "a", "b"]
+    well_formed = 0
+    for _ in range(4000):
+        text, prompt = "".join(draw.choices(pieces, k=draw.randrange(9))), draw.choice(PROMPTS)
+        if format_(FormatReward(), answer(text, prompt)):
+            well_formed += 1
+            assert final_answer(answer(text, prompt)) == text.partition("</think>")[2].strip()
+    assert well_formed > 100
 
 
 def test_overlong_answers_lose_by_dapos_equation():
