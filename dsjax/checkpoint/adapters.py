@@ -77,6 +77,16 @@ class Low:
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
+    """[out], of DoRA (arXiv:2402.09353): the norm that every row of the merged weight has."""
+
+    def add_to(self, rows: np.ndarray, first: int) -> None:
+        """Merge in place into rows of the weight, float32, the first of which is row `first`."""
+        last = first + len(rows)
+        rows += self.b[first:last] @ self.a * self.scale
+        if self.magnitude is not None:
+            norms = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows *= self.magnitude[first:last, None] / np.maximum(norms, np.finfo("f4").tiny)
 
 
 def cut_adapters(
@@ -127,7 +137,7 @@ class Merged(InParts):
         first, last = begin // columns, -(-end // columns)
         rows = self.base.read_flat(first * columns, last * columns).reshape(-1, columns)
         wide = rows.astype(np.float32) if self.scales is None else self._widened(rows, first)
-        wide += self.low.b[first:last] @ self.low.a * self.low.scale
+        self.low.add_to(wide, first)
         flat = wide.astype(DTYPES[self.dtype]).reshape(-1)
         return flat[begin - first * columns : end - first * columns]
 
