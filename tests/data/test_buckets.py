@@ -155,7 +155,7 @@ def test_documents_read_in_order_are_asked_for_several_at_a_time(
     [
         ("text", "a*", b"x\xff", "gs://models/a: byte 1 is 0xff"),
         ("jsonl", "a", b'{"text": "good"}\n\n{"tex": 1}\n', "gs://models/a:3: the keys are tex"),
-        ("jsonl", "a", b'{"text": "ab\xff"}', "gs://models/a: byte 12 is 0xff"),
+        ("jsonl", "a", b'{"text": "ab\xff"}', "gs://models/a:1: byte 12 is 0xff"),
         ("parquet", "a", b"PAR1 no", "gs://models/a: cannot be read as parquet"),
         ("array_record", "a", b"", "gs://models/a: an ArrayRecord file .* must be on a disk"),
         ("text", "b*", b"x", r"gs://models/b\*: no file matches"),
