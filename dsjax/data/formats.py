@@ -177,33 +177,40 @@ class JsonLines(Records):
         try:
             return _text_of(data.decode(), self._text_key)
         except ValueError:
-            return self._parse(file, _line_at(file, begin))
+            raise self._error(file, _line_at(file, begin)) from None
 
     def __iter__(self) -> Iterator[str]:
         """All, from front to back: a request for many of them, where one by one is one for each."""
         for file in self.files:
             for line in read_lines(file.path):
-                if not line.data.isspace():
-                    yield self._parse(file, line)
+                data = line[2]
+                if data.isspace():
+                    continue
+                try:
+                    text = _text_of(data.decode(), self._text_key)
+                except ValueError:
+                    raise self._error(file, line) from None
+                yield text
 
-    def _parse(self, file: File, line: Line) -> str:
-        """The document in a line."""
-        where = f"{file.path}:{line.number}"
-        text = decode(line.data, where, line.begin)
+    def _error(self, file: File, line: Line) -> UserError:
+        """What is wrong with a line."""
+        number, begin, data = line
+        where = f"{file.path}:{number}"
         try:
-            return _text_of(text, self._text_key)
+            _text_of(decode(data, where, begin), self._text_key)
+        except UserError as error:
+            return error
         except ValueError as error:
-            raise UserError(
-                f"{where}: {error}; expected an object with {self._text_key!r}"
-            ) from None
+            return UserError(f"{where}: {error}; expected an object with {self._text_key!r}")
+        return UserError(f"{where}: changed while it was read")
 
 
 def _line_begins(file: File) -> array[int]:
     begins, end = array("q"), 0
-    for line in read_lines(file.path):
-        if not line.data.isspace():
-            begins.append(line.begin)
-        end = line.begin + len(line.data)
+    for _, begin, data in read_lines(file.path):
+        if not data.isspace():
+            begins.append(begin)
+        end = begin + len(data)
     if end > MAX_BYTES and is_compressed(file.path):
         raise UserError(
             f"{file.path}: has {end:,} bytes once decompressed; at most {MAX_BYTES:,} are kept in "
@@ -231,7 +238,7 @@ def _text_of(line: str, text_key: str) -> str:
 
 def _line_at(file: File, begin: int) -> Line:
     """The line that begins at this byte."""
-    found = next((line for line in read_lines(file.path) if line.begin >= begin), None)
+    found = next((line for line in read_lines(file.path) if line[1] >= begin), None)
     if found is None:
         raise UserError(f"{file.path}: became shorter while it was read")
     return found

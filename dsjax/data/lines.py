@@ -14,8 +14,9 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 from dsjax.data.files import open_path
 from dsjax.errors import UserError, one_line
@@ -32,15 +33,13 @@ MAX_LINE = 2**30
 
 _CHUNK = 1 << 20
 
+_DAMAGE = OSError, EOFError, zlib.error
+"""What reading raises where a file is damaged, or its disk."""
 
-class Line(NamedTuple):
-    """A line of a file, blank or not."""
 
-    number: int
-    """From 1."""
-    begin: int
-    """Bytes before it, once decompressed; a byte order mark counts."""
-    data: bytes
+Line = tuple[int, int, bytes]
+"""Its number, from 1, blank ones counted; the bytes before it, once decompressed, a byte order mark
+counted; and what it holds. A plain tuple: files have a million a second of them."""
 
 
 def is_compressed(path: Path) -> bool:
@@ -56,13 +55,18 @@ def read_lines(path: Path) -> Iterator[Line]:
     """
     number = at = 0
     with _open_decompressed(path) as stream:
-        while data := _guarded(stream.readline, MAX_LINE + 1, f"{path}:{number + 1}"):
-            number += 1
-            if len(data) > MAX_LINE:
-                raise UserError(f"{path}:{number}: the line has more than {MAX_LINE:,} bytes")
-            text = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
-            yield Line(number, at + len(data) - len(text), text)
-            at += len(data)
+        try:
+            for data in iter(partial(stream.readline, MAX_LINE + 1), b""):
+                number += 1
+                if len(data) > MAX_LINE:
+                    raise UserError(f"{path}:{number}: the line has more than {MAX_LINE:,} bytes")
+                if number == 1 and data.startswith(codecs.BOM_UTF8):
+                    at = len(codecs.BOM_UTF8)
+                    data = data[at:]
+                yield number, at, data
+                at += len(data)
+        except _DAMAGE as error:
+            raise _damaged(error, f"{path}:{number + 1}") from None
 
 
 def read_bytes(path: Path) -> bytes:
@@ -75,11 +79,14 @@ def read_bytes(path: Path) -> bytes:
     # Of an object all is fetched by one request.
     raw = io.BytesIO(path.read_bytes()) if isinstance(path, ObjectPath) else None
     with _open_decompressed(path, raw) as stream:
-        while part := _guarded(stream.read, _CHUNK, f"{path}: byte {size}"):
-            parts.append(part)
-            size += len(part)
-            if size > MAX_BYTES:
-                raise UserError(f"{path}: has more than {MAX_BYTES:,} bytes; split it")
+        try:
+            while part := stream.read(_CHUNK):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BYTES:
+                    raise UserError(f"{path}: has more than {MAX_BYTES:,} bytes; split it")
+        except _DAMAGE as error:
+            raise _damaged(error, f"{path}: byte {size}") from None
     return b"".join(parts)
 
 
@@ -154,10 +161,7 @@ def _open_zstd(stream: BinaryIO, path: Path) -> BinaryIO:
     return io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(stream, "zstd")), _CHUNK)
 
 
-def _guarded(read: Any, size: int, where: str) -> bytes:
-    try:
-        return read(size)
-    except UserError:
-        raise
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{where}: damaged from here on: {one_line(error)}") from None
+def _damaged(error: Exception, where: str) -> UserError:
+    if isinstance(error, UserError):  # an object store's, which says all that is known
+        return error
+    return UserError(f"{where}: damaged from here on: {one_line(error)}")

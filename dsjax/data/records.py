@@ -85,11 +85,11 @@ def _read(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, Row]]:
-    for line in read_lines(file):
-        if not line.data.isspace():
-            where = f"{file}:{line.number}"
+    for number, begin, data in read_lines(file):
+        if not data.isspace():
+            where = f"{file}:{number}"
             try:
-                yield where, parse_object(decode(line.data, where, line.begin))
+                yield where, parse_object(decode(data, where, begin))
             except UserError:
                 raise
             except ValueError as error:
@@ -114,7 +114,7 @@ def _json(file: Path) -> Iterator[tuple[str, Row]]:
 
 def _csv(file: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**27)
-    texts = (decode(line.data, f"{file}:{line.number}", line.begin) for line in read_lines(file))
+    texts = (decode(data, f"{file}:{n}", begin) for n, begin, data in read_lines(file))
     lines = csv.reader(texts, strict=True)
     titles: list[str] | None = None
     begin = 1
