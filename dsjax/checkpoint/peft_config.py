@@ -20,7 +20,7 @@ CONFIG = "adapter_config.json"
 
 SUPPORTED = frozenset(
     {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
-     "init_lora_weights"}
+     "init_lora_weights", "modules_to_save"}
 )  # fmt: skip
 
 NEUTRAL = frozenset(
@@ -47,7 +47,6 @@ REFUSED = {
     "layer_replication": "layers of the base model are repeated",
     "lora_bias": "the adapter adds biases",
     "megatron_config": "the layers are split as Megatron splits them",
-    "modules_to_save": "whole modules were trained in addition to the adapter",
     "monteclora_config": "MonteCLoRA samples its weights in every forward pass",
     "target_parameters": "parameters that are not linear layers have adapters, such as routed "
     "experts",
@@ -83,6 +82,8 @@ class PeftSettings(NamedTuple):
     """By patterns of module names, instead of `rank` and `alpha`."""
     rank_stabilized: bool
     is_dora: bool
+    modules_to_save: tuple[str, ...]
+    """Ends of the names of modules that were trained whole."""
 
     def scale(self, module: str, rank: int) -> float:
         """Factor of B A in one module.
@@ -142,6 +143,7 @@ def read_peft_config(folder: Path) -> PeftSettings:
         alphas=_patterns(described, "alpha_pattern", file),
         rank_stabilized=bool(described.get("use_rslora")),
         is_dora=bool(described.get("use_dora")),
+        modules_to_save=_names(described, "modules_to_save", file),
     )
 
 
@@ -176,6 +178,13 @@ def _patterns(described: Mapping[str, Any], key: str, file: Path) -> dict[str, A
     if not isinstance(found, dict) or not all(map(_is_number, found.values())):
         raise UserError(f"{file}: {key} is {found!r}; expected numbers by patterns of names")
     return found
+
+
+def _names(described: Mapping[str, Any], key: str, file: Path) -> tuple[str, ...]:
+    found = described.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(name, str) and name for name in found):
+        raise UserError(f"{file}: {key} is {found!r}; expected a list of names")
+    return tuple(found)
 
 
 def _is_number(value: Any) -> bool:

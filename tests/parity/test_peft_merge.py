@@ -63,7 +63,7 @@ def train(adapted: Any) -> None:
     """Move every adapter away from its initial values."""
     with torch.no_grad():
         for name, value in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 value.add_(torch.randn_like(value) * 0.05)
 
 
@@ -117,6 +117,8 @@ MERGED: dict[str, dict[str, Any]] = {
     },
     "dora with patterns": {"use_dora": True, "alpha_pattern": {"q_proj": 1}},
     "dropout": {"lora_dropout": 0.3},
+    "head and embedding": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "norms and nothing": {"modules_to_save": ["norm", "classifier"], "use_dora": True},
 }
 
 
@@ -165,7 +167,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
     "bias": {"bias": "lora_only"},
     "kasa_config": {"kasa_config": lora_configs.KasaConfig()},
-    "modules_to_save": {"modules_to_save": ["lm_head"]},
     "monteclora_config": {"monteclora_config": lora_configs.MontecloraConfig()},
     "target_parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
@@ -196,6 +197,8 @@ def test_an_adapter_with_another_meaning_is_refused_by_the_key(
         {"rank_pattern": {"(": 3}},
         {"alpha_pattern": [1]},
         {"lora_alpha": None},
+        {"modules_to_save": "lm_head"},
+        {"modules_to_save": ["lm_head"]},  # which the stored weights lack
     ],
     ids=lambda change: str(min(change)),
 )
@@ -207,9 +210,22 @@ def test_a_setting_that_cannot_be_followed_is_refused_by_name(
     file = tmp_path / CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     named = "rank of" if change.keys() <= {"r", "rank_pattern"} else min(change)
-    with pytest.raises(UserError, match=f"{CONFIG}: .*({named}|regular expression)") as found:
+    with pytest.raises(UserError, match=f"adapter_.*: .*({named}|regular expression)") as found:
         with_adapter(open_source(folder), tmp_path, None)
     assert len(str(found.value).splitlines()) == 1
+
+
+def test_a_trained_embedding_of_a_tied_model_and_a_pickle_are_refused(tmp_path: Path) -> None:
+    kind, config = CASES["llama3"]
+    theirs = make_model(kind, config())
+    theirs.save_pretrained(tmp_path / "base")
+    for module in ("embed_tokens", "lm_head"):
+        saved(theirs, tmp_path / module, {"modules_to_save": [module]})
+        with pytest.raises(UserError, match=r"embedding and head are one|lm_head\.weight is of no"):
+            with_adapter(open_source(tmp_path / "base"), tmp_path / module, None)
+    adapt(theirs, {}).save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    with pytest.raises(UserError, match=r"adapter_model\.bin: a pickle; save the adapter anew"):
+        with_adapter(open_source(tmp_path / "base"), tmp_path / "pickle", None)
 
 
 def test_settings_that_are_switched_off_are_accepted(
