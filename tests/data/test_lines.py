@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +253,41 @@ def test_parquet_with_bad_utf8_is_one_line(reader: Reader, tmp_path: Path) -> No
     file = write_table(tmp_path, dict.fromkeys(("text", "prompt", "completion"), bad))
     with pytest.raises(UserError, match=r"a\.parquet: row (1|group 0).* 0xff"):
         reader(file)
+
+
+def damage(data: bytes, draw: random.Random) -> bytes:
+    """Cut, overwrite, remove or insert something somewhere."""
+    begin, size = draw.randrange(len(data)), draw.randrange(1, 300)
+    inserted = draw.choice([b"", b"\0" * 50, MARK, b"\r", b'"', draw.randbytes(size)])
+    return data[:begin] + inserted + data[begin + draw.choice([0, size, len(data)]) :]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.csv",
+                                  "a.parquet"])  # fmt: skip
+def test_whatever_is_damaged_is_read_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    rows = [{key: f"{value} {n**9}" for key, value in ROWS[0].items()} for n in range(100)]
+    lined = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    if name == "a.parquet":
+        columns = {key: [row[key] for row in rows] for key in ROWS[0]}
+        whole = write_table(tmp_path, columns, rows=40).read_bytes()
+    elif name == "a.csv":
+        whole = "\n".join(f'"{row["prompt"]}",{row["answer"]}' for row in rows).encode()
+    else:
+        whole = json.dumps(rows).encode() if name == "a.json" else lined
+    whole = PACKED.get(Path(name).suffix, bytes)(whole)
+    file, draw, refused = tmp_path / name, random.Random(0), 0
+    readers: list[Any] = [lambda path: list(read_rows(path))]
+    readers += [pretraining_parquet] if name == "a.parquet" else []
+    readers += [pretraining] if ".jsonl" in name else []
+    for _ in range(100):
+        file.write_bytes(damage(whole, draw))
+        for reader in readers:
+            try:
+                reader(file)
+            except UserError as error:
+                assert str(file) in str(error) and len(str(error).splitlines()) == 1
+                refused += 1
+    assert refused > 20
 
 
 STRINGS = {
