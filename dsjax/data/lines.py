@@ -1,8 +1,8 @@
 """Text files, whole or by lines, the same for every task.
 
-A file whose name ends with .gz or .zst is decompressed, a byte order mark at its beginning is no
-part of the text, and damage is named by the line or byte where reading ended. A line ends at a line
-feed alone: what else Unicode calls a line end may stand inside a JSON string.
+Names that end with .gz or .zst say that a file is compressed. A byte order mark at the beginning is
+no part of the text. Damage is named by the line or byte where reading ended. Lines end at a line
+feed alone: the other line ends of Unicode may stand inside a JSON string.
 """
 
 from __future__ import annotations

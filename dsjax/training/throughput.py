@@ -33,7 +33,7 @@ class Throughput:
         self._anchors = deque([(monotonic(), 0)])
 
     def add(self, tokens: int) -> float:
-        """Count a step whose result was received now, and return the rate."""
+        """Count a step's tokens when its result is received, and return the rate."""
         now = monotonic() - self._paused
         self._tokens += tokens
         anchors = self._anchors
