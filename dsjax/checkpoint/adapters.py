@@ -15,7 +15,7 @@ import numpy as np
 
 from dsjax.architecture import DeepSeekConfig, ModelConfig
 from dsjax.checkpoint.families import ATTENTION, DENSE, FP8, SHARED, Tensor, tensors
-from dsjax.checkpoint.safetensors import DTYPES, InParts
+from dsjax.checkpoint.safetensors import DTYPES, Entry, InParts
 from dsjax.config_sft import LoraConfig
 from dsjax.errors import UserError
 from dsjax.numerics.fp8_host import check_scales, dequantize_into
@@ -77,6 +77,16 @@ class Low:
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
+    """[out], of DoRA (arXiv:2402.09353): the norm that every row of the merged weight has."""
+
+    def add_to(self, rows: np.ndarray, first: int) -> None:
+        """Merge in place into rows of the weight, float32, the first of which is row `first`."""
+        last = first + len(rows)
+        rows += self.b[first:last] @ self.a * self.scale
+        if self.magnitude is not None:
+            norms = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows *= self.magnitude[first:last, None] / np.maximum(norms, np.finfo("f4").tiny)
 
 
 def cut_adapters(
@@ -97,13 +107,10 @@ def cut_adapters(
 
 
 @dataclass(frozen=True)
-class Merged(InParts):
-    """A weight with its adapter added; otherwise like the stored tensor that it is made of."""
+class _Changed(InParts):
+    """A weight with other numbers than are stored, but otherwise like the stored tensor."""
 
     base: Any
-    scales: Any
-    """Of a base in FP8, which is bfloat16 when it is merged; else None."""
-    low: Low
 
     @property
     def file(self) -> Path:
@@ -113,7 +120,7 @@ class Merged(InParts):
 
     @property
     def dtype(self) -> str:
-        """By the name that safetensors has for it."""
+        """By the name that safetensors has for it; a base in FP8 is bfloat16 once it is changed."""
         return "BF16" if self.base.dtype == FP8 else str(self.base.dtype)
 
     @property
@@ -121,13 +128,33 @@ class Merged(InParts):
         """As in the released files."""
         return tuple(self.base.shape)
 
+
+@dataclass(frozen=True)
+class Replaced(_Changed):
+    """A weight that was trained whole, in the dtype of the stored tensor."""
+
+    trained: Entry
+
+    def read_flat(self, begin: int, end: int) -> np.ndarray:
+        """Some of its numbers, in the file's order."""
+        return self.trained.read_flat(begin, end).astype(DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class Merged(_Changed):
+    """A weight with its adapter added."""
+
+    scales: Any
+    """Of a base in FP8; else None."""
+    low: Low
+
     def read_flat(self, begin: int, end: int) -> np.ndarray:
         """Some of its numbers, in the file's order: added in float32, rounded once."""
         columns = self.shape[1]
         first, last = begin // columns, -(-end // columns)
         rows = self.base.read_flat(first * columns, last * columns).reshape(-1, columns)
         wide = rows.astype(np.float32) if self.scales is None else self._widened(rows, first)
-        wide += self.low.b[first:last] @ self.low.a * self.low.scale
+        self.low.add_to(wide, first)
         flat = wide.astype(DTYPES[self.dtype]).reshape(-1)
         return flat[begin - first * columns : end - first * columns]
 
@@ -141,14 +168,23 @@ class Merged(InParts):
 
 
 def merge(
-    stored: Mapping[str, Any], parts: list[Tensor], lows: Mapping[str, Low]
+    stored: Mapping[str, Any], parts: list[Tensor], changes: Mapping[str, Low | Entry]
 ) -> dict[str, Any]:
-    """Stored tensors by their released names, those that have an adapter with it added."""
+    """Merge adapters into stored tensors, and put weights that were trained whole in their place.
+
+    Args:
+        stored: tensors by their released names.
+        parts: the tensors of the model.
+        changes: the adapter of each weight that has one, or the weight that replaces it.
+    """
     merged = dict(stored)
     for tensor in parts:
-        if (low := lows.get(tensor.name)) is None:
+        if (change := changes.get(tensor.name)) is None:
             continue
         base = stored[tensor.name]
         scales = merged.pop(tensor.scale[0]) if base.dtype == FP8 and tensor.scale else None
-        merged[tensor.name] = Merged(base, scales, low)
+        if isinstance(change, Low):
+            merged[tensor.name] = Merged(base, scales, change)
+        else:
+            merged[tensor.name] = Replaced(base, change)
     return merged

@@ -41,31 +41,37 @@ class File(NamedTuple):
             stream.seek(begin)
             return stream.read(length)
 
-    def open(self) -> BinaryIO:
-        """All of it from front to back, by lines or blocks; in a bucket a block is a request."""
-        if isinstance(self.path, ObjectPath):
-            return cast(BinaryIO, io.BufferedReader(self.path.open("rb"), _BLOCK))
-        return self.path.open("rb")
+
+def open_path(path: Path) -> BinaryIO:
+    """Open a file to be read from front to back; in a bucket a block is a request."""
+    if isinstance(path, ObjectPath):
+        return cast(BinaryIO, io.BufferedReader(path.open("rb"), _BLOCK))
+    return path.open("rb")
 
 
 def find_files(pattern: str) -> list[File]:
     """The files that match a glob (`**` crosses folders), sorted by name below its fixed part.
 
     Names that begin with a dot match only where the pattern says the dot, as in a shell, in a
-    bucket too: the same files give the same list wherever they lie.
+    bucket too: the same files give the same list wherever they lie. Brackets are part of a name
+    where a file or folder of that very name exists.
 
     Raises:
         UserError: nothing matches, or the pattern is a folder or names no bucket.
     """
     path = as_path(os.path.expanduser(pattern))
-    if not _is_wild(path) and path.is_dir():
+    is_wild = _is_wild(path) and not _exists_by_name(path)
+    if not is_wild and path.is_dir():
         raise UserError(f"{path}: is a folder; expected a glob such as {path}/**/*.txt")
     root = _fixed_part(path)
-    if isinstance(path, ObjectPath):
+    if not is_wild:
+        paths = {path} if path.is_file() else set()
+    elif isinstance(path, ObjectPath):
         paths = _matching_objects(path, root)
     else:
-        found = glob.iglob(str(path), recursive=True)
-        paths = {Path(name) for name in found if os.path.isfile(name)}
+        below = str(path.relative_to(root))
+        found = {root / name for name in glob.iglob(below, root_dir=root, recursive=True)}
+        paths = {file for file in found if file.is_file()}
     if not paths:
         raise UserError(f"{path}: no file matches; expected a path or a glob in data.sources")
     return _named(root, paths)
@@ -90,23 +96,28 @@ def _is_wild(path: Path) -> bool:
     return any(character in str(path) for character in "*?[")
 
 
+def _exists_by_name(path: Path) -> bool:
+    """Whether a path with brackets exists as it is; a bucket's name has none."""
+    if isinstance(path, ObjectPath) and _is_wild(Path(path.parts[1])):
+        return False
+    return "[" in str(path) and path.exists()
+
+
 def _fixed_part(path: Path) -> Path:
     """The folders of a glob before the first that is a pattern; of a plain path, its folder."""
     fixed = path.parent
-    while _is_wild(fixed):
+    while _is_wild(fixed) and not _exists_by_name(fixed):
         fixed = fixed.parent
     if isinstance(path, ObjectPath) and len(fixed.parts) < 2:
         raise UserError(f"{path}: expected gs://BUCKET/PATH, with a bucket that is no pattern")
     return fixed
 
 
-def _matching_objects(path: ObjectPath, root: Path) -> list[Path]:
-    """The objects that a glob means, or the one that a plain path names."""
-    if not _is_wild(path):
-        return [path] if path.is_file() else []
+def _matching_objects(path: ObjectPath, root: Path) -> set[Path]:
+    """The objects that a glob means."""
     wanted = path.relative_to(root).parts
     below = ((found, found.relative_to(root).parts) for found in as_path(str(root)).rglob("*"))
-    return [found for found, names in below if _matches(names, wanted) and found.is_file()]
+    return {found for found, names in below if _matches(names, wanted) and found.is_file()}
 
 
 def _matches(names: tuple[str, ...], wanted: tuple[str, ...]) -> bool:

@@ -7,21 +7,31 @@ is a row group's column of parquet; what is read in order is read ahead.
 
 from __future__ import annotations
 
-import json
 import threading
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 from dsjax.config import SourceConfig
 from dsjax.data.files import File, find_files, standard_library_files
+from dsjax.data.lines import (
+    MAX_BYTES,
+    Line,
+    decode,
+    is_compressed,
+    parse_object,
+    read_bytes,
+    read_lines,
+    read_text,
+)
+from dsjax.data.parquet import check_text_column, open_parquet, read_group
 from dsjax.errors import UserError, one_line
-from dsjax.places import REQUESTS, ObjectPath, ObjectStoreError, ahead, each, local_path
+from dsjax.places import REQUESTS, ObjectPath, ahead, each, local_path
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -85,17 +95,6 @@ def open_documents(source: SourceConfig) -> Documents:
     return documents
 
 
-def _decode(data: bytes, path: Path, begin: int = 0) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise UserError(
-            f"{path}: byte {begin + error.start} is 0x{byte:02x}, which is not UTF-8; "
-            "convert the file to UTF-8 or leave it out of data.sources"
-        ) from None
-
-
 # ---------------------------------------------------------------------------------------------
 # Formats
 # ---------------------------------------------------------------------------------------------
@@ -112,8 +111,7 @@ class TextFiles(Documents):
         return len(self.files)
 
     def __getitem__(self, index: int) -> str:
-        file = self.files[index]
-        return _decode(file.read(), file.path)
+        return read_text(self.files[index].path)
 
     def key(self, index: int) -> str:
         """The file's name."""
@@ -145,59 +143,85 @@ class Records(Documents):
 
 
 class JsonLines(Records):
-    """One JSON object a line; the document stands under `text_key`. Blank lines are skipped."""
+    """One JSON object a line; the document stands under `text_key`. Blank lines are skipped.
+
+    In a plain file each document is read alone. Compressed files are decompressed whole: two of
+    them are kept in memory, and documents are shuffled within them, as in `ParquetRows`.
+    """
 
     def __init__(self, files: list[File], text_key: str):
         self._begins = each(_line_begins, files, files[0].path)
         self._text_key = text_key
-        super().__init__(files, [len(begins) for begins in self._begins])
+        counts = [len(begins) for begins in self._begins]
+        super().__init__(files, counts)
+        self.blocks = []
+        for is_whole, run in groupby(
+            zip(files, counts, strict=True), key=lambda pair: is_compressed(pair[0].path)
+        ):
+            sizes = [count for _, count in run]
+            self.blocks += sizes if is_whole else [sum(sizes)]
+        self._lock = threading.Lock()
+        self._decompressed = lru_cache(maxsize=2)(read_bytes)
 
     def __getitem__(self, index: int) -> str:
         number, line = self.locate(index)
         file, begins = self.files[number], self._begins[number]
-        # What lies between two lines that are not blank is blank, so it can be read along.
-        end = begins[line + 1] if line + 1 < len(begins) else file.size
-        return self._parse(file, begins[line], file.read(begins[line], end))
+        begin = begins[line]
+        # Between two lines that are not blank there are only blank ones, which may be read too.
+        end = begins[line + 1] if line + 1 < len(begins) else None
+        if is_compressed(file.path):
+            with self._lock:
+                data = self._decompressed(file.path)[begin:end]
+        else:
+            data = file.read(begin, end)
+        try:
+            return _text_of(data.decode(), self._text_key)
+        except ValueError:
+            raise self._error(file, _line_at(file, begin)) from None
 
     def __iter__(self) -> Iterator[str]:
         """All, from front to back: a request for many of them, where one by one is one for each."""
         for file in self.files:
-            at = 0
-            with file.open() as stream:
-                for line in stream:
-                    if not line.isspace():
-                        yield self._parse(file, at, line)
-                    at += len(line)
+            for line in read_lines(file.path):
+                data = line[2]
+                if data.isspace():
+                    continue
+                try:
+                    text = _text_of(data.decode(), self._text_key)
+                except ValueError:
+                    raise self._error(file, line) from None
+                yield text
 
-    def _parse(self, file: File, begin: int, line: bytes) -> str:
-        """The document in the line that begins at this byte."""
+    def _error(self, file: File, line: Line) -> UserError:
+        """What is wrong with a line."""
+        number, begin, data = line
+        where = f"{file.path}:{number}"
         try:
-            return _text_of(_decode(line, file.path, begin), self._text_key)
+            _text_of(decode(data, where, begin), self._text_key)
+        except UserError as error:
+            return error
         except ValueError as error:
-            where = f"{file.path}:{_line_number(file, begin)}"
-            raise UserError(
-                f"{where}: {error}; expected an object with {self._text_key!r}"
-            ) from None
+            return UserError(f"{where}: {error}; expected an object with {self._text_key!r}")
+        return UserError(f"{where}: changed while it was read")
 
 
 def _line_begins(file: File) -> array[int]:
-    begins, at = array("q"), 0
-    with file.open() as stream:
-        for line in stream:
-            if not line.isspace():
-                begins.append(at)
-            at += len(line)
+    begins, end = array("q"), 0
+    for _, begin, data in read_lines(file.path):
+        if not data.isspace():
+            begins.append(begin)
+        end = begin + len(data)
+    if end > MAX_BYTES and is_compressed(file.path):
+        raise UserError(
+            f"{file.path}: has {end:,} bytes once decompressed; at most {MAX_BYTES:,} are kept in "
+            "memory; split it, or decompress it"
+        )
     return begins
 
 
 def _text_of(line: str, text_key: str) -> str:
     """The document in one line of JSON; a `ValueError` says what was found instead."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({one_line(error)})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"the line is a JSON {type(record).__name__}")
+    record = parse_object(line)
     if text_key not in record:
         raise ValueError(f"the keys are {', '.join(sorted(record)) or 'none'}")
     text = record[text_key]
@@ -212,13 +236,12 @@ def _text_of(line: str, text_key: str) -> str:
     return text
 
 
-def _line_number(file: File, begin: int) -> int:
-    number, at = 0, 0
-    with file.open() as stream:
-        while at <= begin:
-            at += len(stream.readline())
-            number += 1
-    return number
+def _line_at(file: File, begin: int) -> Line:
+    """The line that begins at this byte."""
+    found = next((line for line in read_lines(file.path) if line[1] >= begin), None)
+    if found is None:
+        raise UserError(f"{file.path}: became shorter while it was read")
+    return found
 
 
 class ParquetRows(Records):
@@ -246,50 +269,28 @@ class ParquetRows(Records):
         row = index - (self._group_ends[group - 1] if group else 0)
         with self._lock:
             column = self._column(group)
-        text = column[row].as_py()
+        where = f"{self.files[file].path}: row {number} of column {self._text_key!r}"
+        try:
+            text = column[row].as_py()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not UTF-8: {error}") from None
         if text is None:
-            raise UserError(
-                f"{self.files[file].path}: row {number} of column {self._text_key!r} is null; "
-                "expected a string"
-            )
+            raise UserError(f"{where} is null; expected a string")
         return text
 
     def _read_column(self, group: int) -> Any:
-        from pyarrow import parquet
-
         file, number = self._place_of_group[group]
-        with parquet.ParquetFile(_readable(self.files[file].path)) as stream:
-            return stream.read_row_group(number, columns=[self._text_key]).column(0)
-
-
-def _readable(path: Path) -> Any:
-    """What pyarrow reads: it fetches of a bucket's object the footer and the columns it wants."""
-    return path.open("rb") if isinstance(path, ObjectPath) else path
+        path = self.files[file].path
+        with open_parquet(path) as opened:
+            return read_group(opened, path, number, [self._text_key]).column(0)
 
 
 def _row_groups(path: Path, text_key: str) -> list[int]:
     """Rows in each row group, once the file is known to hold the column."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: reading parquet needs pyarrow; pip install 'dsjax[data]'"
-        ) from None
-    try:
-        with parquet.ParquetFile(_readable(path)) as stream:
-            metadata, schema = stream.metadata, stream.schema_arrow
-    except ObjectStoreError:
-        raise  # it says all that is known, in one line
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet: {one_line(error)}") from None
-    if text_key not in schema.names:
-        columns = ", ".join(schema.names)
-        raise UserError(f"{path}: has no column {text_key!r}; its columns are {columns}")
-    kind = schema.field(text_key).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"{path}: column {text_key!r} holds {kind}; expected string")
-    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    with open_parquet(path) as opened:
+        check_text_column(opened, path, text_key)
+        metadata = opened.metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 class ArrayRecords(Records):
@@ -304,6 +305,8 @@ class ArrayRecords(Records):
         path = self.files[file].path
         try:
             return self._sources[file][number].decode()
+        except (RuntimeError, IndexError) as error:
+            raise UserError(f"{path}: record {number} is damaged: {one_line(error)}") from None
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path}: byte {error.start} of record {number} is not UTF-8; "
@@ -322,4 +325,5 @@ def _array_record(path: Path) -> Any:
     try:
         return ArrayRecordDataSource([str(path)])
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as ArrayRecord: {one_line(error)}") from None
+        why = one_line(error) or "it is truncated"
+        raise UserError(f"{path}: cannot be read as ArrayRecord: {why}") from None

@@ -1,23 +1,25 @@
-"""Rows of files, of whatever columns: JSONL, JSON, CSV and parquet, on a disk or in a bucket."""
+"""Rows of files, of whatever columns: JSONL, JSON, CSV and parquet, on a disk or in a bucket.
+
+All but parquet may be compressed, as the ends of their names say: see `lines`.
+"""
 
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from dsjax.data.lines import COMPRESSED, decode, parse_object, read_lines, read_text
+from dsjax.data.parquet import open_parquet, read_group_rows
 from dsjax.errors import UserError, one_line
 
-MAX_BYTES = 2**31
-"""Of one file, unpacked. LiveCodeBench's largest has 1.3 GB."""
-
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz")
+_SUFFIXES = (
+    *(f".{kind}{end}" for kind in ("jsonl", "json", "csv") for end in ("", *COMPRESSED)),
+    ".parquet",
+)
 _TITLES = ("question", "problem", "prompt")
 """One of which a CSV file has, if it has titles at all."""
 
@@ -26,6 +28,8 @@ Row = dict[str, Any]
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """The rows of a file, or of all such files of a folder, by the files' names; where each stands.
+
+    Lines are counted from 1, rows of parquet from 0, as in `data.sources`.
 
     A CSV file whose first line holds no known title has none, as MMLU's: its columns are "0", "1",
     and so on. Its file's name without the suffix is added as "file".
@@ -48,11 +52,13 @@ def column(row: Row, *names: str) -> Any:
     """The value of the first of these titles that the row has, whatever their case.
 
     Raises:
-        UserError: it has none of them, or nothing under it.
+        UserError: it has none of them, nothing under it, or bytes instead of text.
     """
     lowered = {title.lower().replace(" ", "_"): value for title, value in row.items()}
     for name in names:
-        if (value := lowered.get(name)) is not None:
+        if isinstance(value := lowered.get(name), bytes):
+            raise UserError(f"column {name} holds binary; expected string")
+        if value is not None:
             return value
     raise UserError(
         f"expected a column {' or '.join(names)}, found {', '.join(row) or 'no column at all'}"
@@ -64,94 +70,78 @@ def _suffix(file: Path) -> str | None:
 
 
 def _read(file: Path) -> Iterator[tuple[str, Row]]:
-    match _suffix(file):
-        case ".parquet":
+    suffix = _suffix(file)
+    if suffix is None:
+        raise UserError(f"{file}: expected a name that ends with {', '.join(_SUFFIXES)}")
+    match suffix.split(".")[1]:
+        case "parquet":
             yield from _parquet(file)
-        case ".csv":
+        case "csv":
             yield from _csv(file)
-        case ".json":
+        case "json":
             yield from _json(file)
-        case ".jsonl" | ".jsonl.gz":
-            yield from _json_lines(file)
         case _:
-            raise UserError(f"{file}: expected a name that ends with {', '.join(_SUFFIXES)}")
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[TextIO]:
-    with ExitStack() as stack:
-        try:
-            if file.stat().st_size > MAX_BYTES:
-                raise UserError(f"{file}: has more than {MAX_BYTES} bytes")
-            data: Any = stack.enter_context(file.open("rb"))
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-        if file.name.lower().endswith(".gz"):
-            data = stack.enter_context(gzip.open(data))
-        yield stack.enter_context(io.TextIOWrapper(data, encoding="utf-8-sig", newline=""))
+            yield from _json_lines(file)
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, Row]]:
-    with _open(file) as stream:
-        try:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield _object(json.loads(line), f"{file}:{number}")
-        except (ValueError, RecursionError, EOFError, OSError) as error:
-            if isinstance(error, UserError):
+    for number, begin, data in read_lines(file):
+        if not data.isspace():
+            where = f"{file}:{number}"
+            try:
+                yield where, parse_object(decode(data, where, begin))
+            except UserError:
                 raise
-            raise UserError(f"{file}: is not JSON lines: {one_line(error)}") from None
+            except ValueError as error:
+                raise UserError(f"{where}: {error}; expected an object") from None
 
 
 def _json(file: Path) -> Iterator[tuple[str, Row]]:
-    with _open(file) as stream:
-        try:
-            tree = json.load(stream)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}: is not JSON: {one_line(error)}") from None
+    try:
+        tree = json.loads(read_text(file))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is not JSON: {one_line(error)}") from None
     if not isinstance(tree, list):
         raise UserError(f"{file}: expected a list of objects, found {type(tree).__name__}")
     for number, row in enumerate(tree, 1):
-        yield _object(row, f"{file}: entry {number}")
-
-
-def _object(row: Any, where: str) -> tuple[str, Row]:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-    return where, row
+        if not isinstance(row, dict):
+            found = type(row).__name__
+            raise UserError(f"{file}: entry {number}: expected an object, found {found}")
+        yield f"{file}: entry {number}", row
 
 
 def _csv(file: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**27)
-    with _open(file) as stream:
-        try:
-            lines = csv.reader(stream)
-            first = next(lines, None)
-            if first is None:
-                return
-            titled = any(
-                title.strip().lower() in ("question", "problem", "prompt") for title in first
-            )
-            titles = first if titled else [str(n) for n in range(len(first))]
-            rows: Iterable[list[str]] = lines if titled else (first, *lines)
-            for number, line in enumerate(rows, 1):
-                row = {**dict(zip(titles, line, strict=False)), "file": file.stem}
-                yield f"{file}: row {number}", row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: is not CSV: {one_line(error)}") from None
+    texts = (decode(data, f"{file}:{n}", begin) for n, begin, data in read_lines(file))
+    lines = csv.reader(texts, strict=True)
+    titles: list[str] | None = None
+    begin = 1
+    try:
+        for cells in lines:
+            where, begin = f"{file}:{begin}", lines.line_num + 1
+            if not cells:  # a blank line
+                continue
+            if titles is None:
+                titled = any(title.strip().lower() in _TITLES for title in cells)
+                titles = cells if titled else [str(n) for n in range(len(cells))]
+                if titled:
+                    continue
+            if len(cells) != len(titles):
+                raise UserError(f"{where}: {len(cells)} cells; expected {len(titles)}")
+            yield where, {**dict(zip(titles, cells, strict=True)), "file": _stem(file)}
+    except csv.Error as error:
+        raise UserError(f"{file}:{lines.line_num}: is not CSV: {one_line(error)}") from None
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(
-            f"{file}: reading parquet needs pyarrow: pip install 'dsjax[data]'"
-        ) from None
-    try:
-        with file.open("rb") as data, parquet.ParquetFile(data) as opened:
-            batches = (batch.to_pylist() for batch in opened.iter_batches(batch_size=256))
-            for number, row in enumerate(chain.from_iterable(batches), 1):
-                yield f"{file}: row {number}", row
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise UserError(f"{file}: is not parquet: {one_line(error)}") from None
+    with open_parquet(file) as opened:
+        groups = (read_group_rows(opened, file, n) for n in range(opened.num_row_groups))
+        for number, row in enumerate(chain.from_iterable(groups)):
+            yield f"{file}: row {number}", row
+
+
+def _stem(file: Path) -> str:
+    """The name without its known suffix."""
+    return file.name[: -len(_suffix(file) or "")]

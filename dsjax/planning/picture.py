@@ -30,6 +30,8 @@ def draw_plan(plan: Plan, path: Path, title: str) -> None:
         kinds = occurring(plan.account)
         scale, unit = (1, "seconds") if plan.account.seconds >= 1 else (1000, "milliseconds")
         left = [0.0] * len(kinds)
+        # A bar without length would end the axis where it begins: at the end of another bar.
+        ax.use_sticky_edges = False
         for part, label, color in (
             (plan.account.core, "the core's own", ACCENT),
             (plan.account.waited, "waited for", SECOND),
@@ -39,6 +41,7 @@ def draw_plan(plan: Plan, path: Path, title: str) -> None:
             ax.barh(kinds, lengths, left=left, color=color, label=label, height=0.6)
             left = [begin + length for begin, length in zip(left, lengths, strict=True)]
         ax.invert_yaxis()
+        ax.set_xlim(left=0)
         step = scale * plan.account.seconds
         ax.set_xlabel(f"{unit}, of a step of {step:.3g}; {plan.mfu:.1%} of peak")
         ax.legend(frameon=False, fontsize=8)

@@ -28,6 +28,7 @@ from dsjax.training.profile import StepProfiler
 from dsjax.training.progress import ProgressDisplay
 from dsjax.training.signals import Termination
 from dsjax.training.step import Batch, Knobs, Metrics, TrainState, kept, make_train_step
+from dsjax.training.throughput import Throughput
 from sharding.distributed import WORK_SECONDS, barrier, fetch, gather, place_rows
 from sharding.rules import Layout
 
@@ -116,7 +117,7 @@ class TrainingLoop:
         with self._display:
             self._compile()
             pending: tuple[Clock, Plan, Metrics] | None = None
-            begin = time.monotonic()
+            self._throughput = Throughput()
             while not self._done():
                 plan = plan_step(self.config, self.clock)
                 arguments = self._arguments(plan)
@@ -125,17 +126,18 @@ class TrainingLoop:
                 self.clock = Clock(self.clock.step + 1, self.clock.tokens + plan.tokens)
                 # The last step's numbers are fetched while this one runs.
                 if pending:
-                    begin = self._report(*pending, begin)
+                    self._report(*pending)
                 pending = (self.clock, plan, metrics)
                 if self._due(self.config.evaluation.every_steps) or self._due(
                     self.config.checkpoint.every_steps
                 ):
-                    begin = self._report(*pending, begin)
+                    self._report(*pending)
                     pending = None
+                    self._throughput.pause()
                     self._pause()
-                    begin = time.monotonic()
+                    self._throughput.resume()
             if pending:
-                self._report(*pending, begin)
+                self._report(*pending)
 
     def evaluate(self, limit: int | None) -> None:
         """Score held-out rows, all or the first `limit` batches, and record the result."""
@@ -242,12 +244,12 @@ class TrainingLoop:
         sharding = self.layout.sharding(axes, tuple(shape))
         return place_rows(sharding, tuple(shape), axis, rows, array)
 
-    def _report(self, clock: Clock, plan: Plan, metrics: Metrics, begin: float) -> float:
-        """Record a finished step; returns when it ended."""
+    def _report(self, clock: Clock, plan: Plan, metrics: Metrics) -> None:
+        """Record a finished step."""
         metrics = fetch(metrics)
+        tokens_per_second = self._throughput.add(plan.tokens)
         sums, finite = metrics.sums, bool(metrics.finite)
         violations = metrics.max_violation.tolist()
-        now = time.monotonic()
         values = {
             "tokens": clock.tokens,
             "loss": float(sums.loss),
@@ -260,7 +262,7 @@ class TrainingLoop:
             "mtp_weight": plan.mtp_weight,
             "bias_update_rate": plan.bias_update_rate,
             "batch_size": plan.microbatches * self.config.training.microbatch_size,
-            "tokens_per_second": plan.tokens / max(now - begin, 1e-9),
+            "tokens_per_second": tokens_per_second,
             "finite": finite,
         }
         if violations:  # a dense model has no experts
@@ -269,7 +271,6 @@ class TrainingLoop:
         self._display.update(clock.step, clock.tokens, values)
         if self._bad_steps.has_diverged(clock.step, finite):
             self.exit_code = 1
-        return now
 
 
 def _scalars(plan: Plan) -> tuple[jax.Array, Knobs]:

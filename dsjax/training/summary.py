@@ -43,7 +43,7 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("tokens seen", f"{summary['tokens']:,}")
-    table.add_row("tokens per second, median step", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("tokens per second, median", f"{summary['tokens_per_second']:,.0f}")
     if "bits_per_byte" in summary:
         names = {"model": "this model", "gzip -9": "gzip -9", "xz -9e": "xz -9e"}
         for key, value in summary["bits_per_byte"].items():

@@ -1,5 +1,6 @@
 """Documents in a bucket are those of the same files on a disk, fetched in parts."""
 
+import gzip
 import json
 import threading
 from itertools import islice
@@ -155,7 +156,7 @@ def test_documents_read_in_order_are_asked_for_several_at_a_time(
     [
         ("text", "a*", b"x\xff", "gs://models/a: byte 1 is 0xff"),
         ("jsonl", "a", b'{"text": "good"}\n\n{"tex": 1}\n', "gs://models/a:3: the keys are tex"),
-        ("jsonl", "a", b'{"text": "ab\xff"}', "gs://models/a: byte 12 is 0xff"),
+        ("jsonl", "a", b'{"text": "ab\xff"}', "gs://models/a:1: byte 12 is 0xff"),
         ("parquet", "a", b"PAR1 no", "gs://models/a: cannot be read as parquet"),
         ("array_record", "a", b"", "gs://models/a: an ArrayRecord file .* must be on a disk"),
         ("text", "b*", b"x", r"gs://models/b\*: no file matches"),
@@ -170,6 +171,22 @@ def test_broken_data_in_a_bucket_are_named_in_one_line(
     with pytest.raises(UserError, match=says) as caught:
         open_corpus(config(kind, f"gs://{BUCKET}/{name}"))
     assert "\n" not in str(caught.value)
+
+
+def test_compressed_files_and_names_with_brackets_are_read_in_a_bucket(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    """As on a disk: a byte order mark is no text, and brackets are a name where one exists."""
+    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS).encode("utf-8-sig")
+    (tmp_path / "[old]").mkdir()
+    for name in ("a[1].jsonl.gz", "a1.jsonl.gz", "[old]/b.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(lines))
+    folder = store.put_folder("data", tmp_path)
+    for name in ("a[1].jsonl.gz", "[old]/b.jsonl.gz", "[old]/*"):
+        documents = open_documents(source("jsonl", f"{folder}/{name}"))
+        assert [documents[i] for i in (10, 0, 7)] == [TEXTS[i] for i in (10, 0, 7)]
+        assert list(documents) == TEXTS
+    assert [file.name for file in find_files(f"{folder}/a[12].*")] == ["a1.jsonl.gz"]
 
 
 @pytest.mark.parametrize("path", ["gs://*/a.txt", "gs://[b]/*"])

@@ -44,10 +44,10 @@ def test_files_come_in_the_order_of_their_names_below_the_root(tmp_path):
     assert [file.name for file in find_files(f"{tmp_path}/b/z.txt")] == ["z.txt"]
 
 
-def test_bytes_survive_reading(tmp_path):
-    data = "\ufeffline\r\nline\rline\n\0".encode()
-    (tmp_path / "a.txt").write_bytes(data)
-    assert open_documents(SourceConfig(path=f"{tmp_path}/a.txt"))[0].encode() == data
+def test_bytes_survive_reading_but_for_a_byte_order_mark(tmp_path):
+    text = "line\r\nline\rline\n\0\ufeff"
+    (tmp_path / "a.txt").write_bytes(text.encode("utf-8-sig"))
+    assert open_documents(SourceConfig(path=f"{tmp_path}/a.txt"))[0] == text
 
 
 def test_the_standard_library_is_its_own_python_files_and_utf8():
@@ -113,10 +113,10 @@ def _record(data: bytes):
         ("text", _bytes("a.txt", b"abc\xff"), ["a.txt: byte 3 is 0xff", "not UTF-8"]),
         ("jsonl", _bytes("a.jsonl", b"\n \n"), ["a.jsonl: 1 files hold no document"]),
         ("jsonl", _bytes("a.jsonl", b'{"text": ""}'), ["all 1 documents are empty"]),
-        ("jsonl", _jsonl(b'{"text": "ab\xff"}'), ["a.jsonl: byte 30 is 0xff"]),
+        ("jsonl", _jsonl(b'{"text": "ab\xff"}'), ["a.jsonl:3: byte 30 is 0xff"]),
         ("jsonl", _jsonl(b'{"text": "ab'), ["a.jsonl:3: not JSON (", "column 13"]),
         ("jsonl", _jsonl(b"[" * 100_000), ["a.jsonl:3: not JSON"]),
-        ("jsonl", _jsonl(b'["text"]'), ["a.jsonl:3: the line is a JSON list"]),
+        ("jsonl", _jsonl(b'["text"]'), ["a.jsonl:3: a JSON list"]),
         ("jsonl", _jsonl(b'{"b": 1, "a": 2}'), ["a.jsonl:3: the keys are a, b", "'text'"]),
         ("jsonl", _jsonl(b'{"text": null}'), ["a.jsonl:3: 'text' holds a NoneType"]),
         ("jsonl", _jsonl(b'{"text": "\\ud800"}'), ["a.jsonl:3: 'text' holds half of a surrogate"]),

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from dsjax.cli import main
@@ -113,6 +114,18 @@ def test_the_text_names_memory_time_and_doubts():
 def test_a_plan_can_be_drawn(plan: Plan, tmp_path: Path):
     draw_plan(plan, tmp_path / "plan.png", "a run")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_longest_bar_of_a_picture_ends_before_the_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_plan(PLAN, tmp_path / "plan.png", "a run")
+    (axes,) = drawn[0].axes
+    longest = max(bar.get_x() + bar.get_width() for bar in axes.patches if bar.get_width())
+    begin, end = axes.get_xlim()
+    assert begin == 0 and longest == 8 and 1.02 * longest < end < 1.2 * longest
 
 
 def test_useful_work_is_counted_as_the_paper_counts_it():

@@ -157,7 +157,10 @@ def test_adapters_that_cannot_be_are_refused_before_anything_is_read(
     ("described", "says"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected LORA"),
-        ({"use_dora": True}, "use_dora=True is not read"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' subtracts"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing; modules_to_save"),
+        ({"of_next_year": True}, "of_next_year=True is not supported"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a number"),
     ],
 )
