@@ -21,7 +21,7 @@ _REASONS = {
     404: "There is no such model.",
     408: "The body took too long to arrive.",
     413: "The body is too large.",
-    415: "The body is not application/json.",
+    415: "The body is not application/json, or is compressed.",
     421: "The Host header names another server.",
     429: "Too many sequences are open; Retry-After says when to come again.",
     500: "A fault of the server's.",
