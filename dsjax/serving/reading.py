@@ -21,6 +21,8 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 LEAST_TOP_P = 1e-30
 """Of OpenAI's range, 0 to 1, the engine excludes 0: this too leaves the likeliest token alone."""
+CONTEXT_EXCEEDED = "context_length_exceeded"
+"""OpenAI's code of a prompt and an answer that do not fit into the context."""
 COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for completions; a chat's is what the context leaves."""
 
@@ -163,8 +165,8 @@ def _overflow(
 ) -> RequestError:
     """Say that a request does not fit, in OpenAI's words.
 
-    LiteLLM and others fall back to a longer context where they read "This model's maximum context
-    length is"; LangChain looks for the code.
+    LiteLLM looks for "This model's maximum context length is" in the message, LangChain for the
+    code, also in the message: OpenAI's client since version 3 shows it nothing else.
 
     Args:
         context: the model's, in tokens.
@@ -178,6 +180,6 @@ def _overflow(
     message = (
         f"This model's maximum context length is {context} tokens. However, you requested "
         f"{prompt + answer} tokens ({prompt} in the {where}, {answer} in the completion). "
-        f"Please reduce the length of the {where} or completion."
+        f"Please reduce the length of the {where} or completion ({CONTEXT_EXCEEDED})."
     )
-    return RequestError(400, message, param or where, "context_length_exceeded")
+    return RequestError(400, message, param or where, CONTEXT_EXCEEDED)

@@ -128,8 +128,10 @@ def test_errors_have_their_classes(client: openai.OpenAI):
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="m", prompt="x", temperature=1000, stream=True)
     assert error.value.param == "temperature"
-    with pytest.raises(openai.BadRequestError, match="context"):
+    with pytest.raises(openai.BadRequestError, match="context_length_exceeded") as error:
         client.completions.create(model="m", prompt="x" * 600)
+    assert error.value.code == "context_length_exceeded"
+    assert "This model's maximum context length is 512 tokens" in error.value.message
 
 
 def test_what_the_engine_refuses_is_a_400_also_of_a_stream():

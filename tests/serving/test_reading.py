@@ -315,6 +315,9 @@ def test_a_default_length_shrinks_to_the_context_and_a_given_one_does_not():
 LITELLM = "this model's maximum context length is"
 """What LiteLLM looks for, in lower case (`ExceptionCheckers`), before it falls back."""
 
+LANGCHAIN = "context_length_exceeded"
+"""What LangChain looks for in the text of the client's exception (`_handle_openai_bad_request`)."""
+
 
 @pytest.mark.parametrize(
     ("endpoint", "fields", "param", "numbers"),
@@ -330,13 +333,13 @@ def test_what_does_not_fit_is_said_in_words_that_clients_know(endpoint, fields, 
     body = error.body()["error"]
     assert (error.status, body["param"]) == (400, param)
     assert LITELLM in body["message"].lower()
-    assert body["code"] == "context_length_exceeded"  # LangChain's mark
+    assert LANGCHAIN in body["message"] and body["code"] == LANGCHAIN
     if numbers:
         total, prompt, answer = numbers
         assert body["message"] == (
             f"This model's maximum context length is 400 tokens. However, you requested {total} "
             f"tokens ({prompt} in the prompt, {answer} in the completion). "
-            "Please reduce the length of the prompt or completion."
+            "Please reduce the length of the prompt or completion (context_length_exceeded)."
         )
 
 
