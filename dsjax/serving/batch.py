@@ -7,13 +7,12 @@ A line that cannot be answered gets a record that says why, and the others are d
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -30,6 +29,7 @@ from dsjax.serving.batch_files import (
     survey,
 )
 from dsjax.serving.job import Job, parse
+from dsjax.serving.json_body import parse_object
 from dsjax.serving.options import ModelOptions
 from dsjax.serving.protocol import RequestError, Served
 from dsjax.training.progress import ThroughputDisplay
@@ -213,18 +213,9 @@ def _read(line: Line) -> dict[str, Any]:
     if line.data is None:
         raise RequestError(400, f"is longer than {MAX_LINE} bytes", code="invalid_json_line")
     try:
-        found = json.loads(line.data.decode(), parse_constant=_refuse_constant)
-    except RecursionError:
-        raise RequestError(400, "is nested too deeply", code="invalid_json_line") from None
-    except ValueError as error:  # also what is wrong with UTF-8, and integers of 4,300 digits
-        raise RequestError(400, f"is not JSON: {error}", code="invalid_json_line") from None
-    if not isinstance(found, dict):
-        raise RequestError(400, "is JSON, but no object", code="invalid_json_line")
-    return found
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+        return parse_object(line.data)
+    except ValueError as error:
+        raise RequestError(400, str(error), code="invalid_json_line") from None
 
 
 def _custom_id(asked: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ the records themselves say what is done and of what, and nothing else has to be 
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import hashlib
 import json
@@ -18,9 +19,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
 from dsjax.errors import UserError
+from dsjax.serving.json_body import foreign_encoding
 
 MAX_LINE = 2**26
 """Bytes of a line; a longer one is refused, and never held in memory."""
+
+_BLANK = codecs.BOM_UTF8 + b" \t\r\n\v\f"
+"""Bytes of a blank line. Windows tools begin a file with a byte order mark."""
 
 _RECORD = re.compile(rb'\{"id":"batch_req_([0-9a-f]{16})_([0-9a-f]{32})"')
 
@@ -52,7 +57,7 @@ def read_lines(source: Path) -> Iterator[Line]:
             whole = len(data) < MAX_LINE
             while len(data) == MAX_LINE and not data.endswith(b"\n"):
                 data = file.readline(MAX_LINE)
-            if not whole or data.strip():
+            if not whole or data.strip(_BLANK):
                 yield Line(number, data if whole else None)
 
 
@@ -60,16 +65,20 @@ def survey(source: Path, name: str) -> Survey:
     """Read the input once, to count it and to know it again, together with the model's name.
 
     Raises:
-        UserError: it is no file, or has nothing in it.
+        UserError: it is no file, has nothing in it, or is not UTF-8.
     """
     if not source.is_file():
         raise UserError(f"{source}: no such file; expected JSON lines, one request each")
     try:
         with source.open("rb") as file:
+            found = foreign_encoding(file.read(4))
+            file.seek(0)
             digest = hashlib.file_digest(file, "sha256")
         lines = sum(1 for _ in read_lines(source))
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror}") from error
+    if found:
+        raise UserError(f"{source}: is {found}; expected JSON lines in UTF-8, uncompressed")
     if not lines:
         raise UserError(f"{source}: has no lines; expected one request in each")
     digest.update(name.encode())

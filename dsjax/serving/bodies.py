@@ -1,21 +1,41 @@
 """The two bodies of OpenAI's protocol, as far as they can be checked without the model.
 
 Fields, ranges and defaults are those of OpenAI's API reference; top_k, min_p, repetition_penalty,
-min_tokens, stop_token_ids and ignore_eos are vLLM's. A field that would change the answer and is
-not supported is refused, never ignored.
+min_tokens, stop_token_ids and ignore_eos are vLLM's. What else there is, `unsupported.py` says.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 from typing_extensions import TypeAliasType
 
 from dsjax.errors import one_line
 from dsjax.inference.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
+from dsjax.serving.unsupported import (
+    CHAT_FIELDS,
+    MESSAGE_FIELDS,
+    PART_FIELDS,
+    REQUEST_FIELDS,
+    STREAM_FIELDS,
+    Unsupported,
+    drop_unset,
+    explain_refusal,
+    find_refused,
+    schema_of,
+)
 from dsjax.small_files import is_text
 
 MAX_N = 128
@@ -24,21 +44,11 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 LARGEST = 2**31 - 1
 
+REFUSED = "refused"
+"""pydantic's type of error for a field of `unsupported.py`."""
+
 ID_PATTERN = "^(0|[1-9][0-9]{0,8})$"
 """The one decimal spelling of a token id."""
-
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "suffix": (None,),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "audio": (None,),
-    "modalities": (None, ["text"]),
-    "chat_template": (None,),
-}
-"""Fields that we do not do, and the values that ask for nothing."""
 
 
 def _whole(value: Any) -> Any:
@@ -70,35 +80,42 @@ def _ids(prompt: list[Any]) -> list[int]:
 
 
 def _stops(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    """A list of stop strings. An empty one, of a form field left empty, stops nothing."""
+    if isinstance(value, str):
+        value = [value]
+    return [stop for stop in value if stop != ""] if isinstance(value, list) else value
 
 
 def _content(value: Any) -> Any:
     """Text parts as one text, a line for each as in vLLM."""
     if not isinstance(value, list):
         return value
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind != "text":
-            raise ValueError(f"a part of type {kind!r} is not supported; only text is")
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError('a text part is {"type": "text", "text": "..."}')
-    return "\n".join(part["text"] for part in value)
+    return "\n".join(map(_text, value))
+
+
+def _text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else part
+    if kind != "text":
+        raise ValueError(f"a part of type {kind!r} is not supported; only text is")
+    fields = drop_unset(part, PART_FIELDS)
+    if fields.keys() != {"type", "text"} or not isinstance(fields["text"], str):
+        raise ValueError('a text part is {"type": "text", "text": "..."}')
+    return fields["text"]
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Whole = BeforeValidator(_whole)
 Count = Annotated[int, Field(ge=0, le=LARGEST), Whole]
+Limit = Annotated[int, Field(ge=-1, le=LARGEST), Whole]
+"""-1: what the context leaves, as llama.cpp's server and LM Studio have it."""
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole]
 Biases = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": ID_PATTERN}}),
 ]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
-Empty = Annotated[list[Any], Field(max_length=0)]
-Ignored = Any
 
 # Named, so that /openapi.json can say in one place how many tokens the model has.
 TokenId = TypeAliasType("TokenId", Annotated[int, Whole])
@@ -114,19 +131,49 @@ AnyPrompt = (
 
 
 class _Closed(BaseModel):
-    """Strict: a boolean is no number, a string neither, and infinity is not one to compute with."""
+    """Strict: a boolean is no number, a string neither, and infinity is not one to compute with.
+
+    Null is a field that was left out, whatever the field: typed clients write all that they know.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if name := find_refused(given, cls.unsupported):
+            message = explain_refusal(name, cls.unsupported[name])
+            # A brace in a message would be a placeholder.
+            raise PydanticCustomError(REFUSED, "{message}", {"message": message, "field": name})
+        return drop_unset(given, cls.unsupported)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Publish also what `_drop_unset` lets through."""
+        schema = handler.resolve_ref_schema(handler(core))
+        schema["properties"] |= schema_of(cls.unsupported)
+        schema["additionalProperties"] = {"type": "null"}
+        return schema
+
 
 class StreamOptions(_Closed):
-    """How a stream ends."""
+    """How a stream ends. A whole answer always has its usage, and needs no such option."""
+
+    unsupported = STREAM_FIELDS
 
     include_usage: bool | None = None
 
 
 class TextPart(_Closed):
     """The one kind of part that a message's content may have."""
+
+    unsupported = PART_FIELDS
 
     type: Literal["text"]
     text: str
@@ -144,31 +191,28 @@ class Message(_Closed):
             "then": {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
         }
     )
+    unsupported = MESSAGE_FIELDS
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_content, AnyContent)] = None
     reasoning_content: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    # What OpenAI's client adds to an answer that it sends back.
-    tool_calls: Empty | None = None
-    annotations: Empty | None = None
-    function_call: None = None
-    refusal: None = None
-    audio: None = None
 
 
 class Body(_Closed):
     """What both endpoints know; None is a field that was left out."""
 
+    unsupported = REQUEST_FIELDS
+
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_N), Whole] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
+    max_tokens: Limit | None = None
     min_tokens: Count | None = None
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_p: Probability | None = None
     top_k: Annotated[int, Field(ge=-1, le=LARGEST), Whole] | None = None
     """0 and -1: all tokens."""
     min_p: Probability | None = None
@@ -180,9 +224,6 @@ class Body(_Closed):
     stop: Annotated[Stops | None, BeforeValidator(_stops, Stop | Stops | None)] = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
-    user: Ignored = None
-    metadata: Ignored = None
-    store: Ignored = None
 
 
 class CompletionBody(Body):
@@ -197,8 +238,10 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """A body of /v1/chat/completions."""
 
+    unsupported = CHAT_FIELDS
+
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
 
@@ -229,21 +272,31 @@ def explain(kind: type[Body], error: ValidationError) -> tuple[str, str]:
     # A misspelled field is unknown under its own name and missing under the right one.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     loc = problem["loc"]
+    if problem["type"] == REFUSED:
+        loc = (*loc, problem.get("ctx", {})["field"])
     # A key is the client's, and may hold anything.
     names = (f"[{p}]" if isinstance(p, int) else f".{repr(p)[1:-1]}" for p in loc)
     where = "".join(names)[1:80]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         inside = {"messages": Message, "stream_options": StreamOptions}.get(str(loc[0]), kind)
-        near = difflib.get_close_matches(str(loc[-1])[:80], inside.model_fields, n=1, cutoff=0)
-        return f"{where}: no such field; the nearest is {near[0]}", where
+        return f"{where}: no such field{_nearest(str(loc[-1]), inside)}", where
     if problem["type"] == "missing":
         return f"{where} is missing", where
+    if problem["type"] == REFUSED:
+        parent = where.rpartition(".")[0]
+        return one_line(f"{parent}.{message}" if parent else message)[:400], where
     if problem["type"] in ("model_type", "dict_type"):
         message = f"expected an object, not {_shown(problem['input'])}"
     elif problem["type"] not in ("value_error", "too_long", "too_short"):
         message = f"{message[0].lower()}{message[1:]}, not {_shown(problem['input'])}"
     return one_line(f"{where}: {message}")[:400], where
+
+
+def _nearest(name: str, kind: type[_Closed]) -> str:
+    """The field that was probably meant, if one is really alike."""
+    near = difflib.get_close_matches(name[:80].lower(), kind.model_fields, n=1, cutoff=0.75)
+    return f"; the nearest is {near[0]}" if near else ""
 
 
 def _shown(value: Any) -> str:

@@ -26,16 +26,18 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsjax.errors import UserError
 from dsjax.serving.bodies import ChatBody, CompletionBody
 from dsjax.serving.job import parse
 from dsjax.serving.metrics import Metrics
-from dsjax.serving.openapi import describe, generating, listing, looking
+from dsjax.serving.openapi import describe, generating, listing, looking, model_of
 from dsjax.serving.page import page_response
 from dsjax.serving.protocol import RequestError, Served
-from dsjax.serving.reading import CHAT, COMPLETIONS
+from dsjax.serving.reading import CHAT, COMPLETIONS, check_model
 from dsjax.serving.security import Gate, check_exposure, is_loopback
 from dsjax.serving.streaming import INTERNAL_ERROR, Answer
 from dsjax.serving.wire import error_response, json_response, read_object
@@ -204,6 +206,7 @@ def make_app(worker: Worker, served: Served, settings: HttpSettings) -> FastAPI:
     # the key as well, and an open port does not know its own names.
     guarded = is_loopback(settings.host) and not settings.keys
     hosts = {"localhost", "127.0.0.1", "::1", settings.host} if guarded else None
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Gate, keys=settings.keys, hosts=hosts)
     describe(app, served)
     _add_errors(app)
@@ -236,20 +239,25 @@ def _add_generation(app: FastAPI, worker: Worker, served: Served, settings: Http
 
 def _add_looks(app: FastAPI, worker: Worker, served: Served) -> None:
     """The routes that only look."""
-    started = int(time.time())
+    model = {
+        "id": served.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "dsjax",
+        "max_model_len": served.context,
+        "chat_template": served.template is not None,
+    }
 
     @app.get("/v1/models", **looking("application/json", listing()))
     async def models() -> Response:
         """The model that is served."""
-        model = {
-            "id": served.name,
-            "object": "model",
-            "created": started,
-            "owned_by": "dsjax",
-            "max_model_len": served.context,
-            "chat_template": served.template is not None,
-        }
         return json_response({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{model_id:path}", **model_of(served.name))
+    async def one_model(request: Request) -> Response:
+        """The model of this name; slashes are part of it."""
+        check_model(request.path_params["model_id"], served)
+        return json_response(model)
 
     @app.get("/health", **looking("application/json", {"type": "object"}, 503, key=False))
     async def health() -> Response:
@@ -278,12 +286,36 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: HTTPException) -> Response:
         what = {404: "there is no", 405: "another method is needed for"}
-        message = f"{what.get(error.status_code, error.detail)} {request.url.path}"
+        path = request.url.path
+        message = f"{what.get(error.status_code, error.detail)} {path}"
+        if error.status_code == 404 and (meant := _meant(path, app)):
+            message += f"; you may mean {meant}"
         return error_response(RequestError(error.status_code, message), error.headers)
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
         return error_response(INTERNAL_ERROR)  # uvicorn logs the traceback
+
+
+def _meant(path: str, app: FastAPI) -> str | None:
+    """The route that a wrong base URL misses by slashes, or by /v1 left out or written twice."""
+    parts = [part for part in path.split("/") if part not in ("", "v1")]
+    routes = {route.path for route in app.routes if isinstance(route, Route)}
+    meant = "/".join(["", *parts]), "/".join(["", "v1", *parts])
+    return next((found for found in meant if parts and found in routes), None)
+
+
+class HeadAsGet:
+    """Treats HEAD as GET, as monitors and proxies expect; uvicorn leaves the body out."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, with the method replaced."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 @contextlib.contextmanager

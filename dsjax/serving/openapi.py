@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from dsjax.serving.bodies import REFUSED, Body, ChatBody, CompletionBody
+from dsjax.serving.bodies import Body, ChatBody, CompletionBody
 from dsjax.serving.protocol import Served
 
 _REASONS = {
@@ -21,7 +21,7 @@ _REASONS = {
     404: "There is no such model.",
     408: "The body took too long to arrive.",
     413: "The body is too large.",
-    415: "The body is not application/json.",
+    415: "The body is not application/json, or is compressed.",
     421: "The Host header names another server.",
     429: "Too many sequences are open; Retry-After says when to come again.",
     500: "A fault of the server's.",
@@ -75,10 +75,17 @@ def looking(kind: str, schema: dict[str, Any], *statuses: int, key: bool = True)
 
 def listing() -> dict[str, Any]:
     """The schema of a list of models."""
-    models = {"type": "array", "items": _object("model", "id", "created", "owned_by")}
     schema = _object("list", "data")
-    schema["properties"]["data"] = models
+    schema["properties"]["data"] = {"type": "array", "items": _model()}
     return schema
+
+
+def model_of(name: str) -> dict[str, Any]:
+    """A route's arguments when it describes the model of this name, which is part of the path."""
+    where = {"name": "model_id", "in": "path", "required": True}
+    parameter = {**where, "schema": {"type": "string", "const": name}}
+    extra = {"openapi_extra": {"parameters": [parameter]}}
+    return looking("application/json", _model(), 404) | extra
 
 
 def describe(app: FastAPI, served: Served) -> None:
@@ -109,10 +116,12 @@ def _bodies(served: Served) -> dict[str, Any]:
     schemas = found["$defs"]
     schemas["TokenId"] |= {"minimum": 0, "maximum": served.vocab_size - 1}
     for kind in kinds:
-        fields = schemas[kind.__name__]["properties"]
-        fields["model"] |= {"const": served.name}
-        fields |= {name: {"enum": list(nothing)} for name, nothing in REFUSED.items()}
+        schemas[kind.__name__]["properties"]["model"] |= {"const": served.name}
     return schemas
+
+
+def _model() -> dict[str, Any]:
+    return _object("model", "id", "created", "owned_by")
 
 
 def _object(kind: str, *required: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from dsjax.inference.request import LARGEST_SEED, MAX_STOP_TOKENS, SamplingParams
 from dsjax.serving.bodies import (
     ID_PATTERN,
-    REFUSED,
     ChatBody,
     CompletionBody,
     bad_text,
@@ -20,6 +19,10 @@ from dsjax.serving.protocol import RequestError, Served
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+LEAST_TOP_P = 1e-30
+"""Of OpenAI's range, 0 to 1, the engine excludes 0: this too leaves the likeliest token alone."""
+CONTEXT_EXCEEDED = "context_length_exceeded"
+"""OpenAI's code of a prompt and an answer that do not fit into the context."""
 COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for completions; a chat's is what the context leaves."""
 
@@ -42,32 +45,33 @@ def read_body(endpoint: str, body: Any, served: Served) -> CompletionBody | Chat
     if (bad := bad_text(body)) is not None:
         name = ascii(bad)[1:-1][:80]
         raise RequestError(400, f"{name}: half of a surrogate pair is no text", name)
-    for name, nothing in REFUSED.items():
-        if body.get(name) not in nothing:
-            raise RequestError(400, f"{name} is not supported; leave it out", name)
     try:
-        asked = kinds[endpoint].model_validate({k: v for k, v in body.items() if k not in REFUSED})
+        asked = kinds[endpoint].model_validate(body)
     except ValidationError as error:
         raise RequestError(400, *explain(kinds[endpoint], error)) from None
-    if asked.model != served.name:
-        message = f"there is no model {asked.model[:80]!r}; {served.name!r} is served"
-        raise RequestError(404, message, "model", "model_not_found")
+    check_model(asked.model, served)
     _check(asked, served)
     return asked
+
+
+def check_model(name: str, served: Served) -> None:
+    """Raise the 404 of a model that is not served."""
+    if name != served.name:
+        message = f"there is no model {name[:80]!r}; {served.name!r} is served"
+        raise RequestError(404, message, "model", "model_not_found")
 
 
 def _check(asked: CompletionBody | ChatBody, served: Served) -> None:
     """What fields say of each other and of the vocabulary."""
     size = served.vocab_size
-    _require(asked.stream or asked.stream_options is None, "stream_options", "needs stream: true")
     keys = asked.logit_bias or {}
     below = f"expected token ids below {size}"
     _require(all(_is_id(key, size) for key in keys), "logit_bias", below)
     _require(all(0 <= i < size for i in asked.stop_token_ids or ()), "stop_token_ids", below)
     if isinstance(asked, ChatBody):
-        top, limits = asked.top_logprobs, (asked.max_tokens, asked.max_completion_tokens)
-        _require(asked.logprobs or top is None, "top_logprobs", "needs logprobs: true")
-        _require((top or 0) <= size, "top_logprobs", f"there are only {size} tokens")
+        top, limits = asked.top_logprobs or 0, (asked.max_tokens, asked.max_completion_tokens)
+        _require(asked.logprobs or not top, "top_logprobs", "needs logprobs: true")
+        _require(top <= size, "top_logprobs", f"there are only {size} tokens")
         one = None in limits or limits[0] == limits[1]
         _require(one, "max_completion_tokens", "contradicts max_tokens")
         _require(served.template, "messages", "this model has no chat template; use completions")
@@ -116,7 +120,7 @@ def sampling(
         min_tokens=fewest,
         temperature=chosen("temperature", 1.0),
         top_k=max(chosen("top_k", 0), 0),
-        top_p=chosen("top_p", 1.0),
+        top_p=max(chosen("top_p", 1.0), LEAST_TOP_P),
         min_p=chosen("min_p", 0.0),
         repetition_penalty=chosen("repetition_penalty", 1.0),
         frequency_penalty=asked.frequency_penalty or 0.0,
@@ -140,23 +144,42 @@ def logprobs(asked: CompletionBody | ChatBody) -> int | None:
 def _max_tokens(asked: CompletionBody | ChatBody, served: Served, prompt_tokens: int) -> int:
     """The most tokens to show. 0 is the prompt alone: the engine makes one all the same."""
     chat = isinstance(asked, ChatBody)
-    prompt = "messages" if chat else "prompt"
     left = served.context - prompt_tokens
-    context = f"the model's context of {served.context} tokens"
-    _fits(left >= 1, prompt, f"has {prompt_tokens} tokens, which leaves none of {context}")
     name, limit = "max_tokens", asked.max_tokens
     if chat and limit is None:
         name, limit = "max_completion_tokens", asked.max_completion_tokens
+    if left < 1 or (limit or 0) > left:
+        raise _overflow(served.context, prompt_tokens, limit, chat, name if left >= 1 else None)
     if limit is None:
         default = served.defaults.get("max_new_tokens", left if chat else COMPLETION_TOKENS)
         return min(default, left)
+    if limit == -1:
+        return left
     alone = isinstance(asked, CompletionBody) and asked.echo
     _require(limit or alone, name, "0 is for a completion with echo: true; expected 1 or more")
-    both = f"{limit} after a prompt of {prompt_tokens} is more than {context}"
-    _fits(limit <= left, name, both)
     return limit
 
 
-def _fits(holds: bool, param: str, message: str) -> None:
-    if not holds:
-        raise RequestError(400, f"{param}: {message}", param, "context_length_exceeded")
+def _overflow(
+    context: int, prompt: int, limit: int | None, chat: bool, param: str | None
+) -> RequestError:
+    """Say that a request does not fit, in OpenAI's words.
+
+    LiteLLM looks for "This model's maximum context length is" in the message, LangChain for the
+    code, also in the message: OpenAI's client since version 3 shows it nothing else.
+
+    Args:
+        context: the model's, in tokens.
+        prompt: tokens of the prompt.
+        limit: the most tokens of the answer that the client asked for, if it did.
+        chat: whether the prompt is a conversation.
+        param: the field that is too large; None: the prompt.
+    """
+    where = "messages" if chat else "prompt"
+    answer = max(limit or 1, 1)
+    message = (
+        f"This model's maximum context length is {context} tokens. However, you requested "
+        f"{prompt + answer} tokens ({prompt} in the {where}, {answer} in the completion). "
+        f"Please reduce the length of the {where} or completion ({CONTEXT_EXCEEDED})."
+    )
+    return RequestError(400, message, param or where, CONTEXT_EXCEEDED)

@@ -37,7 +37,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
     keys = environment.get(KEYS_VARIABLE, "").split()
     if file:
         try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the API keys in {file}: {error}") from error
         found = [line for line in lines if line and not line.startswith("#")]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from dsjax.serving.json_body import parse_object
 from dsjax.serving.protocol import RequestError
 
 RETRY_SECONDS = {429: "1", 503: "5"}
@@ -54,9 +55,15 @@ async def read_object(request: Request, *, limit: int, seconds: float) -> dict[s
     if kind != "application/json":
         message = f"the body's content-type is {kind or 'missing'}; expected application/json"
         raise RequestError(415, message, code="unsupported_media_type")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"the body's content-encoding is {encoding}; send it uncompressed"
+        raise RequestError(415, message, code="unsupported_content_encoding")
     try:
         async with asyncio.timeout(seconds):
             return parse_object(await _read(request, limit))
+    except ValueError as error:
+        raise RequestError(400, f"the body {error}", code="invalid_json") from None
     except TimeoutError:
         message = f"the body did not arrive within {seconds:g} s"
         raise RequestError(408, message, code="timeout") from None
@@ -80,31 +87,3 @@ async def _read(request: Request, limit: int) -> bytes:
 
 def _too_large(limit: int) -> RequestError:
     return RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """Strict JSON in UTF-8. Of a key that stands twice the last one counts.
-
-    >>> parse_object(b'{"a": 1, "a": 2}')
-    {'a': 2}
-    """
-    try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-    except RecursionError:
-        raise RequestError(400, "the body is nested too deeply", code="invalid_json") from None
-    except ValueError as error:  # also what is wrong with UTF-8, and integers of 4,300 digits
-        raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(value, dict):
-        message = f"the body is a JSON {_KINDS[type(value)]}; expected an object"
-        raise RequestError(400, message, code="invalid_json")
-    return value
-
-
-_KINDS = {
-    list: "array", str: "string", int: "number", float: "number", bool: "boolean",
-    type(None): "null",
-}  # fmt: skip
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")

@@ -1,5 +1,6 @@
 """A file of requests: one record for each line, whatever is in it and whatever happens."""
 
+import gzip
 import json
 import random
 import signal
@@ -112,6 +113,29 @@ def test_every_line_gets_one_record_and_a_bad_one_says_why(tmp_path, options, ca
         if record["custom_id"] is None:
             assert record["error"]["message"].startswith("line ")
     assert "5 answered, 18 refused" in capsys.readouterr().out
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_request(tmp_path, options):
+    lines = requests(2)
+    source = tmp_path / "in.jsonl"
+    for text in ("\n".join(lines), "\n" + "\r\n".join(lines)):
+        source.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        run_batch(source, tmp_path / "out.jsonl", options)
+        assert choices(tmp_path / "out.jsonl").keys() == {"r0", "r1"}
+        (tmp_path / "out.jsonl").unlink()
+
+
+@pytest.mark.parametrize("encode", [
+    ("UTF-16", lambda text: text.encode("utf-16")),
+    ("UTF-32", lambda text: text.encode("utf-32")),
+    ("gzip", lambda text: gzip.compress(text.encode())),
+], ids=lambda case: case[0])  # fmt: skip
+def test_a_file_that_is_not_utf_8_is_refused_by_the_name_of_its_encoding(tmp_path, options, encode):
+    name, encoded = encode
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(encoded(requests(1)[0]))
+    with pytest.raises(UserError, match=rf"in\.jsonl: is {name}; expected JSON lines in UTF-8"):
+        run_batch(source, tmp_path / "out.jsonl", options)
 
 
 def test_answers_equal_those_of_each_request_alone(tmp_path, options):

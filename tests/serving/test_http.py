@@ -1,5 +1,6 @@
 """The routes, spoken to with OpenAI's own client and with plain HTTP."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 
@@ -7,7 +8,8 @@ import httpx
 import openai
 import pytest
 
-from dsjax.serving.wire import dump, parse_object
+from dsjax.serving.json_body import parse_object
+from dsjax.serving.wire import dump
 from tests.serving.ports import Port, echo, open_port, raw_post, read_until, until
 from tests.serving.scripted import ScriptedEngine, make_served, tokenizer
 
@@ -40,6 +42,33 @@ def http(port: Port) -> Iterator[httpx.Client]:
 def test_models(client: openai.OpenAI):
     (model,) = client.models.list().data
     assert model.id == "m" and model.max_model_len == 512 and model.chat_template is True
+    assert client.models.retrieve("m") == model
+    with pytest.raises(openai.NotFoundError, match="'m' is served") as error:
+        client.models.retrieve("other/m")
+    assert error.value.code == "model_not_found"
+
+
+def test_a_models_name_may_have_slashes():
+    name = "deepseek-ai/DeepSeek-R1"
+    with open_port(served=dataclasses.replace(make_served(), name=name)) as port:
+        with port.openai() as client:
+            assert client.models.retrieve(name).id == name
+        with port.http() as http:
+            for path in (name, name.replace("/", "%2F")):
+                assert http.get(f"/v1/models/{path}").json()["id"] == name
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/models/m", "/metrics"])
+def test_head_is_get_without_the_body(http: httpx.Client, path: str):
+    head, get = http.head(path), http.get(path)
+    assert head.status_code == get.status_code == 200 and head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":
+        assert head.headers["content-length"] == get.headers["content-length"]
+
+
+def test_head_of_what_is_not_there(http: httpx.Client):
+    assert [http.head(path).status_code for path in ("/nowhere", "/v1/completions")] == [404, 405]
 
 
 def test_a_completion(client: openai.OpenAI):
@@ -99,8 +128,10 @@ def test_errors_have_their_classes(client: openai.OpenAI):
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="m", prompt="x", temperature=1000, stream=True)
     assert error.value.param == "temperature"
-    with pytest.raises(openai.BadRequestError, match="context"):
+    with pytest.raises(openai.BadRequestError, match="context_length_exceeded") as error:
         client.completions.create(model="m", prompt="x" * 600)
+    assert error.value.code == "context_length_exceeded"
+    assert "This model's maximum context length is 512 tokens" in error.value.message
 
 
 def test_what_the_engine_refuses_is_a_400_also_of_a_stream():
@@ -156,7 +187,7 @@ def test_comments_also_come_while_there_is_nothing_to_show():
     [
         (b"{", "application/json", 400, "not JSON"),
         (b"", "application/json", 400, "not JSON"),
-        (b"\xff\xfe{\x00}\x00", "application/json", 400, "utf-8"),
+        (b"\xff\xfe{\x00}\x00", "application/json", 400, "the body is UTF-16; expected UTF-8"),
         (b'{"model": "\xe9"}', "application/json", 400, "utf-8"),
         (b"[1]", "application/json", 400, "is a JSON array; expected an object"),
         (b'{"model": NaN}', "application/json", 400, "NaN is no number"),
@@ -230,6 +261,27 @@ def test_wrong_routes_have_the_shape_of_errors(
     assert ("allow" in answer.headers) == (status == 405)
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/models", "/v1/models"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1//chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/completions", "/v1/completions"),
+        ("/v1/health", "/health"),
+        ("/v1/embeddings", None),
+        ("//", None),
+    ],
+)
+def test_a_wrong_base_url_is_told_the_right_one(http: httpx.Client, path: str, meant: str | None):
+    for method in ("GET", "POST"):
+        answer = http.request(method, http.base_url.copy_with(raw_path=path.encode()))
+        assert answer.status_code == 404
+        hint = f"; you may mean {meant}" if meant else ""
+        assert answer.json()["error"]["message"] == f"there is no {path}{hint}"
+
+
 def test_other_sites_get_no_permission(http: httpx.Client):
     answer = http.get("/v1/models", headers={"Origin": "https://example.com"})
     assert not [name for name in answer.headers if name.startswith("access-control")]
@@ -252,6 +304,7 @@ def test_the_description_is_whole(http: httpx.Client):
         "/v1/completions",
         "/v1/chat/completions",
         "/v1/models",
+        "/v1/models/{model_id}",
         "/health",
         "/metrics",
     }

@@ -31,12 +31,10 @@ CONFIG = {
     "suppress-health-check": ["all"],  # a busy machine is no failure
 }
 UNSAID = (
-    r"which leaves none of the model's context",
-    r"is more than the model's context",
+    r"^This model.s maximum context length is",
     r"^min_tokens: \d+ is above max_tokens",
     r"^max_(completion_)?tokens: 0 is for a completion with echo: true",
     r"^max_completion_tokens: contradicts max_tokens",
-    r"^stream_options: needs stream: true",
     r"^top_logprobs: needs logprobs: true",
     r"^best_of: is supported only equal to n",
     r"^logit_bias: expected token ids below 263",

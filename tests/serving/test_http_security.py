@@ -152,6 +152,8 @@ def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path):
     assert read_keys(None, {}) == ()
     assert read_keys(file, {}) == ("sk-a", "sk-b")
     assert read_keys(file, {"DSJAX_API_KEYS": "sk-c sk-b"}) == ("sk-c", "sk-b", "sk-a")
+    file.write_text("sk-a\r\nsk-b\r\n", encoding="utf-8-sig")  # as Windows tools write it
+    assert read_keys(file, {}) == ("sk-a", "sk-b")
     file.write_text("# none\n")
     with pytest.raises(UserError, match="no API key in it"):
         read_keys(file, {})

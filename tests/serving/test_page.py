@@ -1,6 +1,7 @@
 """The chat page: what it is made of, and, where there is a browser, what it does."""
 
 import base64
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -118,7 +119,7 @@ def visit(browser: Any) -> Iterator[Any]:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text))
         page.goto(port.url)
-        page.wait_for_selector("h1:has-text('m')")
+        page.wait_for_selector("h1:not(:text-is('dsjax'))")
         return page
 
     yield visit
@@ -217,13 +218,72 @@ def test_an_error_is_shown_and_the_question_is_not_lost(visit: Any):
     with open_port(saying("", "yes")) as port:
         page = visit(port)
         ask(page, "long" * 200)
-        page.wait_for_selector(".error:has-text('context of 512 tokens')")
+        page.wait_for_selector(".error:has-text('maximum context length is 512 tokens')")
         assert page.input_value("#input") == "long" * 200
         page.fill("#input", "a")
         page.keyboard.press("Shift+Enter")
         assert page.input_value("#input") == "a\n"
         ask(page, "short")
         page.wait_for_selector(".meta")
+
+
+def test_an_error_is_in_view_wherever_the_conversation_is_scrolled(visit: Any):
+    with open_port(saying("", "line\n\n" * 60, rows=1), make_served(context=4000)) as port:
+        page = visit(port, viewport={"width": 360, "height": 420})
+        ask(page, "much")
+        page.wait_for_selector(".meta")
+        page.evaluate("document.getElementById('scroll').scrollTop = 0")
+        ask(page, "long " * 2000)
+        page.wait_for_selector("#problem:has-text('maximum context length')")
+        assert page.evaluate("document.getElementById('scroll').scrollTop = 0") == 0
+        for height in (420, 280):  # then a keyboard comes over the page, as on iOS
+            page.evaluate(
+                """(value) => { Object.defineProperty(visualViewport, "height",
+                     {value, configurable: true});
+                   visualViewport.dispatchEvent(new Event("resize")); }""",
+                height,
+            )
+            for control in ("#problem", "#send", "#input", "#open", "#new"):
+                box = page.locator(control).bounding_box()
+                assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+                assert box["y"] >= 0 and box["y"] + box["height"] <= height
+        assert page.inner_text("article:last-child .meta") == "not answered"
+        ask(page, "short")
+        assert page.locator("#problem").is_hidden()
+        page.wait_for_selector("article:last-child .meta:has-text('tokens')")
+
+
+def test_copied_code_compiles(visit: Any):
+    text = "1. First\n   - a\n2. Second\n\n   ```python\n   def f():\n       return 1\n   ```\n"
+    with open_port(saying("", text)) as port:
+        page = visit(port, permissions=["clipboard-read", "clipboard-write"])
+        ask(page, "code")
+        page.wait_for_selector(".meta")
+        assert page.locator(".answer > ol > li").count() == 2
+        page.click("text=Copy")
+        page.wait_for_selector("text=Copied")
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert copied == "def f():\n    return 1"
+
+
+def test_the_page_works_below_a_path(visit: Any):
+    """A proxy may put the server below a path: the page asks relative to where it is."""
+    with open_port(saying("", "yes")) as port:
+        asked = []
+        context = visit(port).context.browser.new_context()
+        page = context.new_page()
+
+        def forward(route: Any) -> None:
+            asked.append(route.request.url)
+            route.continue_(url=route.request.url.replace("/llm/", "/"))
+
+        page.route("**/llm/**", forward)
+        page.goto(f"{port.url}/llm/")
+        page.wait_for_selector("h1:text-is('m')")
+        ask(page, "well?")
+        page.wait_for_selector(".meta")
+        context.close()
+    assert f"{port.url}/llm/v1/chat/completions" in asked
 
 
 def test_an_engine_that_fails_in_the_middle_is_told(visit: Any):
@@ -266,3 +326,20 @@ def test_it_fits_a_phone(visit: Any):
         page.wait_for_selector(".meta")
         assert page.evaluate("document.documentElement.scrollWidth") == 320
         assert page.evaluate("document.getElementById('talk').scrollWidth") <= 320
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-R1-Distill-Qwen-32B-AWQ-" + "4bit" * 7, "m" * 90])
+def test_every_control_is_reachable_with_a_long_name(visit: Any, name: str):
+    served = dataclasses.replace(make_served(), name=name)
+    with open_port(saying("", "yes"), served) as port:
+        page = visit(port)
+        for width in (320, 360, 412, 1280):
+            page.set_viewport_size({"width": width, "height": 640})
+            assert page.inner_text("h1") == name
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            for control in ("#new", "#open", "#input", "#send"):
+                box = page.locator(control).bounding_box()
+                assert box["x"] >= 0 and box["x"] + box["width"] <= width
+                assert box["width"] >= 30 and box["height"] >= 20
+            page.click("#open")
+            page.click(".done")
