@@ -1,20 +1,30 @@
-"""The chat page: one file, and a policy under which it can run nothing but itself."""
+"""The chat page, sent as one file, and a policy under which it can run nothing but itself."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
+from functools import cache
 from pathlib import Path
 
 from starlette.responses import Response
 
-PAGE = Path(__file__).with_name("page.html")
+FOLDER = Path(__file__).with_name("page")
+
+
+@cache
+def read_page() -> str:
+    """Read page.html, with its style and scripts in the positions of their names in braces."""
+    html = (FOLDER / "page.html").read_text("utf-8")
+    return re.sub(
+        r"\{(\w+\.(?:css|js))\}", lambda name: (FOLDER / name[1]).read_text("utf-8"), html
+    )
 
 
 def page_response() -> Response:
     """The page. It holds no secret: what it shows it fetches with the browser's own key."""
-    html = PAGE.read_bytes()
+    html = read_page().encode()
     headers = {
         "Content-Security-Policy": content_security_policy(html),
         "Referrer-Policy": "no-referrer",

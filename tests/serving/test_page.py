@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from dsjax.serving.page import PAGE, content_security_policy
+from dsjax.serving.page import content_security_policy, read_page
 from tests.serving.ports import DIRECT, Port, open_port, until
 from tests.serving.scripted import ScriptedEngine, make_served, tokenizer
 
-TEXT = PAGE.read_text(encoding="utf-8")
+TEXT = read_page()
 
 
 class Elements(HTMLParser):

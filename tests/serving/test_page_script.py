@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dsjax.serving.page import PAGE
+from dsjax.serving.page import FOLDER, read_page
 
 # Enough of a document to build nodes in, and what was built as JSON: text, or [tag, ...children].
 PROGRAM = """
@@ -67,8 +67,8 @@ NODE = _node()
 pytestmark = pytest.mark.skipif(NODE is None, reason="no node: put one on the path, or make lint")
 
 
-SCRIPT = PAGE.read_text(encoding="utf-8").partition("<script>")[2].partition("</script>")[0]
-MARKDOWN = SCRIPT.partition("// ---- one answer")[0]
+SCRIPT = read_page().partition("<script>")[2].partition("</script>")[0]
+MARKDOWN = (FOLDER / "markdown.js").read_text("utf-8")
 
 
 def run(program: str, **constants: Any) -> Any:
