@@ -18,7 +18,7 @@ from dsjax.checkpoint.safetensors import INDEX, read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
 from dsjax.config_sft import TuningConfig
-from dsjax.errors import UserError
+from dsjax.errors import UserError, hub_hint
 from dsjax.places import as_path, local_path
 
 RUN = "a run"
@@ -102,7 +102,7 @@ def kind_of(folder: Path) -> str:
     )
     raise UserError(
         f"{folder}: {found}; expected a Hugging Face folder, dsjax weights, a run directory or a "
-        "GGUF file"
+        f"GGUF file{hub_hint(folder) if found == 'no such folder' else ''}"
     )
 
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from dsjax.errors import UserError
+from dsjax.errors import UserError, hub_hint
 from dsjax.places import WINDOW, ObjectPath, as_path
 
 _BLOCK = WINDOW // 2
@@ -48,18 +48,22 @@ class File(NamedTuple):
         return self.path.open("rb")
 
 
-def find_files(pattern: str) -> list[File]:
+def find_files(pattern: str, key: str) -> list[File]:
     """The files that match a glob (`**` crosses folders), sorted by name below its fixed part.
 
     Names that begin with a dot match only where the pattern says the dot, as in a shell, in a
     bucket too: the same files give the same list wherever they lie.
+
+    Args:
+        pattern: a path or a glob.
+        key: the setting that it came from, for messages.
 
     Raises:
         UserError: nothing matches, or the pattern is a folder or names no bucket.
     """
     path = as_path(os.path.expanduser(pattern))
     if not _is_wild(path) and path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a glob such as {path}/**/*.txt")
+        raise UserError(f"{key}: {path}: is a folder; expected a glob such as {path}/**/*.txt")
     root = _fixed_part(path)
     if isinstance(path, ObjectPath):
         paths = _matching_objects(path, root)
@@ -67,7 +71,10 @@ def find_files(pattern: str) -> list[File]:
         found = glob.iglob(str(path), recursive=True)
         paths = {Path(name) for name in found if os.path.isfile(name)}
     if not paths:
-        raise UserError(f"{path}: no file matches; expected a path or a glob in data.sources")
+        raise UserError(
+            f"{key}: {path}: no file matches; expected a path or a glob"
+            f"{hub_hint(pattern, 'dataset')}"
+        )
     return _named(root, paths)
 
 
