@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, Tag, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dsjax.architecture import FAMILIES, ModelConfig
 from dsjax.config import PretrainConfig, RunConfig
 from dsjax.config_grpo import GrpoRunConfig
+from dsjax.config_keys import explain_unknown, walk
 from dsjax.config_sample import SampleConfig
 from dsjax.config_serving import ServingConfig
 from dsjax.config_sft import DistillConfig, SftConfig
-from dsjax.errors import UserError, one_line
+from dsjax.config_yaml import parse_yaml, write_yaml
+from dsjax.errors import UserError, hub_hint
 from dsjax.places import as_path
 from dsjax.small_files import read_small, write_whole
 
@@ -35,15 +35,6 @@ TASKS: dict[str, type[RunConfig]] = {
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-class _Loader(yaml.SafeLoader):
-    """Without aliases: ten of ten of ten ... is a text of a page, and fills any memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias (*name) is not read; write out what it stands for")
-        return super().compose_node(parent, index)
-
-
 def load_model_config(name: str | Path) -> ModelConfig:
     """Read a model configuration: a YAML path, or a name under `configs/model/`."""
     path = find_config(name, CONFIGS / "model")
@@ -58,27 +49,71 @@ def load_run_config(
     """Read a run configuration and apply `section.key=value` overrides.
 
     `model` may be a name under `configs/model/`, a path, or the mapping itself. Where a run begins
-    at a checkpoint, `init`, and says no `model`, `model_of` reads the checkpoint's.
-    Raises `UserError` naming the file and the key.
+    at a checkpoint, `init`, `model_of` reads the checkpoint's, and keys of `model` replace its own.
+
+    Raises:
+        UserError: naming the file and the key.
     """
     path = find_config(name, CONFIGS)
     tree = read_yaml(path)
     overrides = list(overrides or [])
     for text in [o for o in overrides if o.startswith("model=")]:
-        tree["model"] = text.partition("=")[2]
+        tree["model"] = parse_yaml(text.partition("=")[2], "model:")
         overrides.remove(text)
+    if not isinstance(model := tree.get("model"), dict | str | None):
+        raise UserError(f"{path}: model={model!r}: expected a name, a path, or a mapping of keys")
     if isinstance(tree.get("model"), str):
         tree["model"] = read_yaml(find_config(tree["model"], CONFIGS / "model"))
     for text in overrides:
         _override(tree, text)
-    if isinstance(model := tree.get("model"), dict):
-        tree["model"] = parse_model(model, source=str(path), under="model.")
     task = tree.get("task", "pretrain")
     if not isinstance(task, str) or task not in TASKS:
         raise UserError(f"{path}: task={task!r}: expected one of {', '.join(TASKS)}")
-    if model_of and "model" not in tree and isinstance(init := tree.get("init"), str):
-        tree["model"] = model_of(init)
+    _refuse_unknown(TASKS[task], tree, str(path))
+    _complete_model(tree, model_of)
+    if isinstance(model := tree.get("model"), dict):
+        tree["model"] = parse_model(model, source=str(path), under="model.")
     return parse(TASKS[task], tree, source=str(path))
+
+
+def _refuse_unknown(kind: type[BaseModel], tree: dict[str, Any], source: str) -> None:
+    """Raise `UserError` for a key that there is not, before a checkpoint is looked for."""
+    try:
+        kind.model_validate(tree)
+    except ValidationError as error:
+        found = [p for p in error.errors(include_url=False) if p["type"] == "extra_forbidden"]
+        if any(problem["loc"][0] != "model" for problem in found):
+            raise UserError(f"{source}: {_explain(kind, error, '')}") from None
+
+
+def _complete_model(tree: dict[str, Any], model_of: Callable[[str], ModelConfig] | None) -> None:
+    """Read what `model` leaves out from the checkpoint that the run begins at, if it does."""
+    model, init = tree.get("model"), tree.get("init")
+    if model is None:
+        tree.pop("model", None)
+    elif _is_whole(model):
+        return
+    if model_of is not None and isinstance(init, str):
+        tree["model"] = _merged(model_of(init).model_dump(), model or {})
+
+
+def _is_whole(model: dict[str, Any]) -> bool:
+    """Whether a mapping says all of a model, or names a family that there is not."""
+    family = model.get("model_type", "deepseek_v3")
+    if not isinstance(family, str) or family not in FAMILIES:
+        return True
+    fields = FAMILIES[family].model_fields
+    return all(key in model for key, field in fields.items() if field.is_required())
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A mapping with changes, in the mappings inside it too."""
+    inner = {
+        key: _merged(tree[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(tree.get(key), dict)
+    }
+    return {**tree, **changes, **inner}
 
 
 def load_pretrain_config(name: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
@@ -149,7 +184,7 @@ def write_config(config: RunConfig, folder: Path) -> None:
     Without what tells this start from others of the same run.
     """
     settings = config.model_dump(exclude={"distributed"})
-    write_whole(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+    write_whole(folder / "config.yaml", write_yaml(settings))
 
 
 def find_config(name: str | Path, folder: Path) -> Path:
@@ -163,7 +198,8 @@ def find_config(name: str | Path, folder: Path) -> Path:
     files = [*folder.glob("*.yaml"), *folder.glob("r1/*.yaml"), *folder.glob("serving/*.yaml")]
     known = sorted(str(file.relative_to(folder).with_suffix("")) for file in files)
     raise UserError(
-        f"{name}: no such file, and no such name in {folder}; known: {', '.join(known)}"
+        f"{name}: no such file, and no such name in {folder}{hub_hint(name)}; known: "
+        f"{', '.join(known)}"
     )
 
 
@@ -171,10 +207,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping, or raise `UserError`."""
     text = read_small(path, MAX_YAML_BYTES)
     try:
-        tree = yaml.load(text.decode("utf-8"), _Loader)
-    # A date that is none, or a number of 5,000 digits, is a ValueError of Python's own.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
+        tree = parse_yaml(text.decode("utf-8"), f"{path}:")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as YAML: it is not UTF-8: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     return tree
@@ -204,16 +239,18 @@ def parse(kind: type[T], tree: dict[str, Any], source: str, under: str = "") -> 
 def _override(tree: dict[str, Any], text: str) -> None:
     """Apply one `section.key=value`, the value read as YAML; list items go by number."""
     key, equals, value = text.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UserError(f"{text!r}: an override looks like section.key=value")
     *parents, last = key.split(".")
     node: Any = tree
     for name in parents:
-        node = node.setdefault(name, {}) if isinstance(node, dict) else _item(node, name, key)
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}: {value!r} is not YAML: {one_line(error)}") from error
+        if isinstance(node, dict):
+            if node.get(name) is None:  # a section that is not there, or switched off
+                node[name] = {}
+            node = node[name]
+        else:
+            node = _item(node, name, key)
+    parsed = parse_yaml(value, f"{key}: {value!r}")
     if isinstance(node, dict):
         node[last] = parsed
     else:
@@ -231,40 +268,17 @@ def _explain(kind: type[BaseModel], error: ValidationError, under: str) -> str:
     """The first problem, with the nearest valid key where the key is unknown."""
     problems = error.errors(include_url=False)
     # A misspelled key is unknown under its own name and missing under the right one: say the first.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    keys, section = _walk(kind, problem["loc"])
+    # Of a model that is missing for want of a checkpoint, say that of the checkpoint.
+    order = {"extra_forbidden": 0, "missing": 2}
+    named = (p for p in problems if p["type"] == "extra_forbidden" or p["loc"] == ("init",))
+    problem = min(named, key=lambda p: order.get(p["type"], 1), default=problems[0])
+    keys, section = walk(kind, problem["loc"])
     where = under + ".".join(keys)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(keys[-1], list(section.model_fields), n=1, cutoff=0.0)
-        return f"unknown key {where!r}; the nearest valid key is {near[0]!r}"
+        return explain_unknown(where, kind, section, TASKS)
     if problem["type"] == "missing":
         return f"the key {where!r} is missing"
     if problem["type"] == "value_error":
         return f"{where.rstrip('.')}: {message}" if where else message
     return f"{where}={problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _walk(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
-    """The keys that lead to `loc`, and the section that the last one stands in, or should."""
-    keys: list[str] = []
-    inside: dict[str, type[BaseModel]] = {"": kind}
-    for part in loc:
-        if part in inside:  # no key: it says which of several kinds of section was meant
-            kind, inside = inside[str(part)], {}
-            continue
-        keys.append(str(part))
-        if not isinstance(part, int):
-            kind = inside.get("", kind)
-            field = kind.model_fields.get(part)
-            inside = _sections(field.annotation) if field else {}
-    return keys, kind
-
-
-def _sections(annotation: Any, tag: str = "") -> dict[str, type[BaseModel]]:
-    """Every section inside an annotation such as `YarnConfig | None`, by its tag in a union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return {tag: annotation}
-    for mark in getattr(annotation, "__metadata__", ()):
-        tag = mark.tag if isinstance(mark, Tag) else tag
-    return {t: s for arg in get_args(annotation) for t, s in _sections(arg, tag).items()}

@@ -153,6 +153,8 @@ def names_in(union: Any) -> tuple[str, ...]:
 
 def check_name(value: Any, what: str, names: tuple[str, ...]) -> Any:
     """The item, if it is one of those that there are; else `ValueError`."""
+    if not isinstance(value, dict | Section):
+        raise ValueError(f"a {what} is a mapping such as {{name: {names[0]}}}, not {value!r}")
     if (name := name_of(value)) not in names:
         raise ValueError(f"unknown {what} {name!r}; expected one of {', '.join(names)}")
     return value

@@ -21,7 +21,7 @@ from stat import S_IFREG
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from dsjax.errors import UserError, one_line
+from dsjax.errors import UserError, hub_hint, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -53,7 +53,9 @@ def as_path(path: str | Path) -> Path:
     if isinstance(path, ObjectPath):
         return path
     if "://" in str(path) and not str(path).startswith(f"{_SCHEME}//"):
-        raise UserError(f"{path}: expected a path of this machine or gs://BUCKET/PATH")
+        raise UserError(
+            f"{path}: expected a path of this machine or gs://BUCKET/PATH{hub_hint(path)}"
+        )
     plain = Path(path)
     if plain.parts[:1] != (_SCHEME,):
         return plain

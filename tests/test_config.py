@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dsjax.architecture import DeepSeekConfig
-from dsjax.config import RunConfig, Stage, schedule_value
+from dsjax.config import PretrainConfig, RunConfig, Stage, schedule_value
 from dsjax.config_files import (
     CONFIGS,
     load_model_config,
@@ -19,6 +19,7 @@ from dsjax.config_files import (
     parse,
     read_yaml,
     refuse_placeholders,
+    write_config,
 )
 from dsjax.errors import UserError
 
@@ -87,6 +88,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     [
         (b"a: [1", "cannot be read as YAML"),
         (b"\xff\xfe\xfa", "cannot be read as YAML"),
+        (b"seed: 1\ntask: a\nseed: 2\n", "the key 'seed' stands twice, in lines 1 and 3"),
+        (b"a:\n\tb: 1\n", "found character '\\t' that cannot start any token"),
         (b"- a\n- b\n", "expected a mapping of keys, found list"),
         (b"", "expected a mapping of keys, found NoneType"),
     ],
@@ -246,9 +249,15 @@ def test_a_run_may_spell_its_model_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
+        (".=3", "'.=3': an override looks like section.key=value"),
+        ("training.=3", "'training.=3': an override looks like section.key=value"),
+        ("model=5", "model=5: expected a name, a path, or a mapping of keys"),
+        ("seed={a: 1, a: 2}", "the key 'a' stands twice, in lines 1 and 1"),
+        ("seed=" + "[" * 3000, "cannot be read as YAML"),
+        ("training.tokens=abc", "training.tokens='abc': "),
         ("seed", "'seed': an override looks like section.key=value"),
         ("=3", "'=3': an override looks like section.key=value"),
-        ("seed=[1", r"seed: '\[1' is not YAML"),
+        ("seed=[1", r"seed: '\[1' cannot be read as YAML"),
         ("data.sources.3.weight=1", "there is no '3' to override in a list"),
         ("data.sources.first.weight=1", "there is no 'first' to override in a list"),
         ("seed.x=1", "unknown key|there is no|seed"),
@@ -262,6 +271,30 @@ def test_an_override_that_leads_nowhere_is_refused(
     with pytest.raises(UserError, match=expected) as error:
         load_run_config(run_file, [override])
     assert "\n" not in str(error.value)
+
+
+def test_scalars_are_those_of_yaml_1_2(run_file: Path) -> None:
+    """PyYAML takes a date, minutes, octal and false for these, and 1e-4 for a text."""
+    for text in ("2024-01-01", "2001-99-99", "12:30", "no", "off"):
+        assert load_run_config(run_file, [f"run_dir={text}"]).run_dir == text
+    settings = ["seed=010", "optimizer.eps=1e-4", "training.max_steps=1e3", "mesh.data=0x2"]
+    config = load_run_config(run_file, [*settings, "data.deduplicate=no"])
+    assert (config.seed, config.optimizer.eps, config.mesh.data) == (10, 1e-4, 2)
+    assert isinstance(config, PretrainConfig)
+    assert config.training.max_steps == 1000 and config.data.deduplicate is False
+
+
+@pytest.mark.parametrize("name", ["1e4", "2024-01-01", "no", "null", "010", "0x1f", "a: b", "~"])
+def test_a_configuration_that_is_written_is_read_again(
+    run_file: Path, tmp_path: Path, name: str
+) -> None:
+    config = load_run_config(run_file, [f"run_dir={name!r}", "optimizer.eps=1e-9"])
+    write_config(config, tmp_path)
+    assert load_run_config(tmp_path / "config.yaml") == config
+
+
+def test_a_section_that_is_switched_off_can_be_given_a_key(run_file: Path) -> None:
+    assert load_run_config(run_file, ["profile=null", "profile.steps=4"]).profile is not None
 
 
 # Counts and schedules -------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.from_files import load_files, load_files_apart
 from dsjax.checkpoint.source import RUN, kind_of, run_with_adapters
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
@@ -62,6 +63,14 @@ def load_on(path: str | Path, dtype: Any, layout: Layout | None) -> Transformer:
     if _is_plain_run(folder):
         return _load_run(folder, dtype, layout)
     return load_files(folder, dtype, layout)
+
+
+def with_config(model: Transformer, config: ModelConfig) -> Transformer:
+    """The same weights in a model of another configuration, whose tensors are the same."""
+    abstract = jax.eval_shape(
+        lambda key: Transformer(config, key, dtype=model.dtype), jax.random.key(0)
+    )
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
 
 
 def _is_plain_run(folder: Path) -> bool:

@@ -13,12 +13,13 @@ from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import Tensor, match, without_absent_mtp
 from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.manifest import MANIFEST
+from dsjax.checkpoint.overridden import differences
 from dsjax.checkpoint.pickled import PICKLE_INDEX, find_pickles, read_pickles, refuse_pickles
 from dsjax.checkpoint.safetensors import INDEX, read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
 from dsjax.config_sft import TuningConfig
-from dsjax.errors import UserError
+from dsjax.errors import UserError, hub_hint
 from dsjax.places import as_path, local_path
 
 RUN = "a run"
@@ -102,7 +103,7 @@ def kind_of(folder: Path) -> str:
     )
     raise UserError(
         f"{folder}: {found}; expected a Hugging Face folder, dsjax weights, a run directory or a "
-        "GGUF file"
+        f"GGUF file{hub_hint(folder) if found == 'no such folder' else ''}"
     )
 
 
@@ -188,17 +189,15 @@ def _open_adapted(folder: Path, run: TuningConfig, *, check: bool) -> Source:
         )
     local_path(init, "what a run with adapters began with")
     base = open_source(init, check=False)
-    if base.config != run.model:
-        raise UserError(f"{init}: is no longer the model that {folder} has adapters of")
-    lows = cut_adapters(base.config, run.lora, read_adapters(folder, check=check))
+    differences(run.model, base.config, str(init))
+    config = run.model
+    lows = cut_adapters(config, run.lora, read_adapters(folder, check=check))
     stored = merge(base.stored, base.parts, lows)
-    stored |= read_run(folder, base.config, check=False)  # router biases
-    parts = match(base.config, stored, folder)
+    stored |= read_run(folder, config, check=False)  # router biases
+    parts = match(config, stored, folder)
     carried = carried_files(folder / TOKENIZER)
     step, _ = newest_step(folder, check=False)
-    return Source(
-        folder, RUN, base.config, base.config, stored, parts, carried, adapters=(step / MANIFEST,)
-    )
+    return Source(folder, RUN, config, config, stored, parts, carried, adapters=(step / MANIFEST,))
 
 
 def _open_gguf(file: Path) -> Source:

@@ -48,7 +48,7 @@ def read_conversations(paths: Sequence[str]) -> list[Conversation]:
     """
     found: dict[str, Conversation] = {}
     for path in paths:
-        for file in find_files(path):
+        for file in find_files(path, "data.paths"):
             for where, row in read_rows(file.path):
                 one = read_conversation(row, where)
                 found.setdefault(json.dumps(one[:2], sort_keys=True), one)

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from dsjax.errors import UserError
+from dsjax.errors import UserError, hub_hint
 from dsjax.places import WINDOW, ObjectPath, as_path
 
 _BLOCK = WINDOW // 2
@@ -49,12 +49,16 @@ def open_path(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def find_files(pattern: str) -> list[File]:
+def find_files(pattern: str, key: str) -> list[File]:
     """The files that match a glob (`**` crosses folders), sorted by name below its fixed part.
 
     Names that begin with a dot match only where the pattern says the dot, as in a shell, in a
     bucket too: the same files give the same list wherever they lie. Brackets are part of a name
     where a file or folder of that very name exists.
+
+    Args:
+        pattern: a path or a glob.
+        key: the setting that it came from, for messages.
 
     Raises:
         UserError: nothing matches, or the pattern is a folder or names no bucket.
@@ -62,7 +66,7 @@ def find_files(pattern: str) -> list[File]:
     path = as_path(os.path.expanduser(pattern))
     is_wild = _is_wild(path) and not _exists_by_name(path)
     if not is_wild and path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a glob such as {path}/**/*.txt")
+        raise UserError(f"{key}: {path}: is a folder; expected a glob such as {path}/**/*.txt")
     root = _fixed_part(path)
     if not is_wild:
         paths = {path} if path.is_file() else set()
@@ -73,7 +77,10 @@ def find_files(pattern: str) -> list[File]:
         found = {root / name for name in glob.iglob(below, root_dir=root, recursive=True)}
         paths = {file for file in found if file.is_file()}
     if not paths:
-        raise UserError(f"{path}: no file matches; expected a path or a glob in data.sources")
+        raise UserError(
+            f"{key}: {path}: no file matches; expected a path or a glob"
+            f"{hub_hint(pattern, 'dataset')}"
+        )
     return _named(root, paths)
 
 

@@ -78,7 +78,7 @@ def open_documents(source: SourceConfig) -> Documents:
     if source.kind == "text" and source.path == PYTHON_STDLIB:
         documents: Documents = TextFiles(standard_library_files())
     else:
-        files = find_files(source.path)
+        files = find_files(source.path, "data.sources")
         match source.kind:
             case "text":
                 documents = TextFiles(files)

@@ -16,7 +16,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dsjax.data.byte_level import BYTE_OF
 from dsjax.data.tiktoken import TIKTOKEN, read_tiktoken
-from dsjax.errors import UserError, one_line
+from dsjax.errors import UserError, hub_hint, one_line
 from dsjax.places import as_path
 from dsjax.small_files import is_text, read_json, read_small, write_whole
 
@@ -222,6 +222,7 @@ def find_tokenizer(path: str | Path) -> Path:
     found = "holds no tokenizer" if path.is_dir() else "no such file"
     raise UserError(
         f"{path}: {found}; expected a {' or a '.join(known)}, or a folder that holds one"
+        f"{'' if path.is_dir() else hub_hint(path)}"
     )
 
 

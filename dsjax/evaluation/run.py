@@ -95,6 +95,9 @@ def _report(
     )
     draw_results(output / "results.png", title, scores, grades)
     print_table(console, scores)
+    for task, _, failures in graded:
+        for reason, count in sorted(failures.items()):
+            say(console, f"{task.name}: {count:,} answers without a verdict: {reason}")
     if about["shortened"]:
         say(
             console,

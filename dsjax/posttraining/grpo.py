@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from dsjax.checkpoint.load import load_on
+from dsjax.checkpoint.load import load_on, with_config
+from dsjax.checkpoint.overridden import differences
+from dsjax.checkpoint.run_weights import newest_step
 from dsjax.checkpoint.source import read_folder_config
 from dsjax.checkpoint.store import CheckpointStore, abstract_on
 from dsjax.config_files import write_config
@@ -42,6 +44,7 @@ from dsjax.posttraining.prompts import Questions, open_questions
 from dsjax.rewards.score import Scorer
 from dsjax.small_files import write_whole
 from dsjax.training.bucket_metrics import open_log, read_records
+from dsjax.training.changes import resumed_changes, say_resumed
 from dsjax.training.progress import say
 from dsjax.training.run import make_layout, rows_read_here, together
 from dsjax.training.signals import catch_termination
@@ -75,7 +78,10 @@ def _grpo(config: GrpoRunConfig, console: Console) -> None:
     training = config.training
     rows_read_here(layout, training.microbatch_size, training.sequence_length)
     for name, path in (("init", config.init), ("grpo.reference", config.grpo.reference)):
-        _check_same_model(config, name, path)
+        if path is not None:
+            found = read_folder_config(as_path(path))
+            for changed in differences(config.model, found, f"{name}={path}"):
+                say(console, f"{path}: {changed}")
     language = _language(config)
     folder = as_path(config.run_dir)
     with ExitStack() as stack:
@@ -125,6 +131,8 @@ def _questions(config: GrpoRunConfig, scorer: Scorer, language: Language) -> Que
     questions = open_questions(config.prompts, scorer.check, config.seed)
     longest = config.training.sequence_length - config.sampling.max_tokens
     questions.check(language, longest)
+    [first], _ = questions.training(0, 1)
+    scorer.try_functions(language.tokenizer.decode(questions.encode(first, language)), first)
     if config.evaluation is not None and not questions.held_out(1):
         raise UserError(
             f"evaluation: no question of {config.prompts.path} is held out; raise "
@@ -138,26 +146,64 @@ def _begin(
 ) -> tuple[TrainState, Transformer | None, Progress]:
     """What the newest sound checkpoint holds, or the beginning."""
     placed = saved_state(config, layout)
-    restored = store.restore(placed)
-    if restored is not None:
-        step, arrays, extra = restored
-        say(console, f"resuming {config.run_dir} at step {step:,}")
-        reference = arrays.pop("reference")
-        return TrainState(**arrays), reference, Progress(**extra["progress"])
+    resumed = _resume(config, layout, store, placed, console)
+    if resumed is not None:
+        return resumed
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
-    if config.init is None:
-        model = jax.jit(partial(_random, config), out_shardings=shardings["model"])()
-    else:
-        model = _load(config, config.init, layout)
     own = TrainState(**{name: shardings[name] for name in TrainState._fields})
     begin = jax.jit(partial(init_policy, config), out_shardings=own, donate_argnums=0)
-    state = begin(model)
+    state = begin(_first_weights(config, config.init, layout, placed))
     if config.grpo.kl_weight == 0:
         return state, None, Progress()
     if config.grpo.reference is not None:
         return state, _load(config, config.grpo.reference, layout), Progress()
     # A copy: the step gives the policy's own memory away.
     return state, jax.tree.map(jnp.copy, state.model), Progress()
+
+
+def _resume(
+    config: GrpoRunConfig,
+    layout: Layout,
+    store: CheckpointStore,
+    placed: dict[str, Any],
+    console: Console,
+) -> tuple[TrainState, Transformer | None, Progress] | None:
+    """What the newest sound checkpoint holds; None where there is none.
+
+    `grpo.kl_weight` may have been 0 then: the reference is the one that the run would have begun
+    with. One that is no longer needed is left where it is.
+    """
+    folder = as_path(config.run_dir)
+    changes = resumed_changes(folder, config, store)
+    wants = config.grpo.kl_weight > 0
+    has = wants
+    if store.steps():
+        _, leaves = newest_step(folder, check=False)
+        has = any(name.startswith("reference.") for name in leaves)
+    restored = store.restore(
+        placed | ({} if wants and has else {"reference": None}), part=has and not wants
+    )
+    if restored is None:
+        return None
+    step, arrays, extra = restored
+    say_resumed(console, config.run_dir, step, changes)
+    reference = arrays.pop("reference")
+    if wants and not has:
+        first = config.grpo.reference or config.init
+        reference = _first_weights(config, first, layout, placed)
+        say(console, f"the reference is {first or 'the random weights that the run began with'}")
+    return TrainState(**arrays), reference, Progress(**extra["progress"])
+
+
+def _first_weights(
+    config: GrpoRunConfig, path: str | None, layout: Layout, placed: dict[str, Any]
+) -> Transformer:
+    """Those of a checkpoint, or random ones."""
+    if path is not None:
+        return _load(config, path, layout)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed["model"])
+    model: Transformer = jax.jit(partial(_random, config), out_shardings=shardings)()
+    return model
 
 
 def saved_state(config: GrpoRunConfig, layout: Layout) -> dict[str, Any]:
@@ -175,22 +221,9 @@ def _random(config: GrpoRunConfig) -> Transformer:
 
 def _load(config: GrpoRunConfig, path: str, layout: Layout) -> Transformer:
     """A checkpoint's weights in float32, laid out as training has them."""
-    model = load_on(path, jnp.float32, layout)
+    model = with_config(load_on(path, jnp.float32, layout), config.model)
     model.dtype = jnp.dtype(config.training.compute_dtype)
     return model
-
-
-def _check_same_model(config: GrpoRunConfig, name: str, path: str | None) -> None:
-    """A checkpoint must have the architecture of the policy, and speak of the same tokens."""
-    if path is None:
-        return
-    other, own = read_folder_config(as_path(path)).model_dump(), config.model.model_dump()
-    for key in ("vocab_size", *own):
-        if other.get(key) != own[key]:
-            raise UserError(
-                f"{name}={path}: its {key} is {other.get(key)}, the policy's {own[key]}; "
-                "choose a checkpoint of the same model"
-            )
 
 
 def _write_beginning(config: GrpoRunConfig, folder: Path, language: Language) -> None:
@@ -206,7 +239,7 @@ def _finish(config: GrpoRunConfig, folder: Path, console: Console) -> None:
     summary: dict[str, Any] = {"steps": steps[-1]["step"], "tokens": steps[-1]["tokens"]}
     summary |= {f"first_{k}": v for k, v in _held_out(evaluated[:1]).items()}
     summary |= _held_out(evaluated[-1:])
-    seconds = {key: sum(r[f"{key}_seconds"] for r in steps) for key in ACTIVITIES}
+    seconds = {key: sum(r.get(f"{key}_seconds", 0) for r in steps) for key in ACTIVITIES}
     total = sum(seconds.values())
     summary |= {f"{key}_share": value / total for key, value in seconds.items()}
     write_whole(folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
@@ -220,5 +253,5 @@ def _held_out(records: list[dict[str, Any]]) -> dict[str, Any]:
         k: v
         for record in records
         for k, v in record.items()
-        if k.startswith("held_out") and k != "held_out_complete"
+        if k.startswith("held_out_") and not k.startswith(("held_out_complete", "held_out_failed"))
     }

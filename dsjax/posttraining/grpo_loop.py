@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from dsjax.posttraining.rollout_rewards import (
 )
 from dsjax.posttraining.rollouts import Sampler
 from dsjax.posttraining.rows import Rows, pack
+from dsjax.rewards.failures import count_failures, describe_failures, refuse_total_failure
 from dsjax.rewards.score import Scorer
 from dsjax.training.bucket_metrics import BucketMetrics
 from dsjax.training.divergence import BadSteps
@@ -101,6 +103,8 @@ class GrpoLoop:
         asked = 0 if config.evaluation is None else config.evaluation.prompts
         self._held_out = self.questions.held_out(asked)
         self._stop_asked = 0
+        self._is_scored = False
+        """Whether some answers of this process have been scored."""
 
     def run(self) -> None:
         """Rollout after rollout until all steps are taken, a signal arrives, or it has diverged."""
@@ -189,6 +193,9 @@ class GrpoLoop:
             return None
         drawn = time.monotonic()
         scores = score_groups(written, records, self.language, self.scorer)
+        if not self._is_scored:
+            refuse_total_failure(list(chain(*scores)), "the first rollout")
+            self._is_scored = True
         self._seconds["sampling"] += drawn - begin
         self._seconds["scoring"] += time.monotonic() - drawn
         return written, scores
@@ -275,7 +282,7 @@ class GrpoLoop:
             **{f"{name}_seconds": seconds for name, seconds in self._seconds.items()},
         }
         self.log.write(progress.step, values)
-        self._show(values)
+        self._show(values, describe_failures(list(chain(*part.scores))))
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         every = grpo.reference_every
         if self.reference is not None and every and progress.step % every == 0:
@@ -283,11 +290,12 @@ class GrpoLoop:
         if self._bad_steps.has_diverged(progress.step, bool(metrics.finite)):
             self.exit_code = 1
 
-    def _show(self, values: Mapping[str, Any]) -> None:
+    def _show(self, values: Mapping[str, Any], failures: str) -> None:
         self._display.show(
             self.progress.step,
             f"step {self.progress.step}  reward {values['reward']:.3f}  "
             f"solved {values['solved']:.1%}  {values['answer_tokens']:.0f} tokens an answer",
+            failures,
         )
 
     # What has been learned ---------------------------------------------------------------------
@@ -307,9 +315,12 @@ class GrpoLoop:
         if (constant := best_constant(self._held_out)) is not None:
             values["held_out_best_constant"] = constant
         told = {"tokens": self.progress.tokens, "held_out_complete": True, **values}
-        self.log.write(step, told)
+        scores = list(chain(*drawn[1]))
+        failed = {f"held_out_failed {k}": count for k, count in count_failures(scores).items()}
+        self.log.write(step, told | failed)
         said = "  ".join(f"{name.removeprefix('held_out_')} {v:.1%}" for name, v in values.items())
-        self._display.say(f"step {step}  held out: {said.replace('_', ' ')}")
+        failures = f"  ({described})" if (described := describe_failures(scores)) else ""
+        self._display.say(f"step {step}  held out: {said.replace('_', ' ')}{failures}")
 
 
 def _figures(metrics: PolicyMetrics, *, first: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def draw_rewards(records: list[Record], path: Path, title: str) -> None:
     _lines(axes[0, 1], steps, x, "mean of each reward", _rewards(steps))
     _lines(axes[0, 2], steps, x, "tokens an answer", ["answer_tokens"])
     _lines(axes[1, 0], steps, x, "entropy and KL, nats a token", ["entropy", "kl"])
-    shares = ["equal_groups", "truncated", "clipped"]
+    shares = ["equal_groups", "truncated", "clipped", "unscored"]
     _lines(axes[1, 1], steps, x, "share of groups, answers, tokens", shares)
     _seconds(axes[1, 2], steps, x)
     drawn = io.BytesIO()
@@ -51,7 +51,9 @@ def _solved(ax: Axes, steps: list[Record], held_out: list[Record], x: np.ndarray
 
 
 def _rewards(steps: list[Record]) -> list[str]:
-    return ["reward", *(name for name in steps[-1] if name.startswith("reward_"))]
+    """All that the run ever had: one that was added or left out has a gap."""
+    names = [name for step in steps for name in step if name.startswith("reward_")]
+    return ["reward", *dict.fromkeys(names)]
 
 
 def _lines(ax: Axes, steps: list[Record], x: np.ndarray, title: str, names: list[str]) -> None:

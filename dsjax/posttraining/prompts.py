@@ -154,7 +154,7 @@ def open_questions(config: PromptsConfig, check: Check, seed: int) -> Questions:
     if config.path == COMPARISON:
         return Questions(Comparisons(), config, seed)
     records = []
-    for file in find_files(config.path):
+    for file in find_files(config.path, "prompts.path"):
         for where, record in read_rows(file.path):
             _check_prompt(record.get("prompt"), where)
             check(record, where)

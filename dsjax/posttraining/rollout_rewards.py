@@ -16,6 +16,7 @@ from dsjax.data.language import Language
 from dsjax.posttraining.advantages import group_advantages, is_equal
 from dsjax.posttraining.rows import Written
 from dsjax.rewards.answer import Answer
+from dsjax.rewards.failures import count_failures
 from dsjax.rewards.score import Score, Scorer
 from sharding.distributed import WORK_SECONDS, gather
 
@@ -92,9 +93,6 @@ def describe(rollout: Rollout) -> dict[str, Any]:
     """Figures of these answers for the record; `solved` is by the first reward."""
     scores = [score for group in rollout.scores for score in group]
     written = [one for group in rollout.written for one in group]
-    reasons = Counter(
-        f"{name}: {reason}" for score in scores for name, reason in score.reasons.items()
-    )
     return {
         "reward": float(np.mean([score.total for score in scores])),
         **{
@@ -102,10 +100,11 @@ def describe(rollout: Rollout) -> dict[str, Any]:
             for name in scores[0].values
         },
         "solved": float(np.mean(is_solved(rollout.scores))),
+        "unscored": float(np.mean([bool(score.reasons) for score in scores])),
         "equal_groups": float(rollout.equal.mean()),
         "truncated": float(np.mean([one.truncated for one in written])),
         "answer_tokens": float(np.mean([len(one.tokens) for one in written])),
-        **{f"failed {reason}": count for reason, count in sorted(reasons.items())},
+        **{f"failed {reason}": count for reason, count in sorted(count_failures(scores).items())},
     }
 
 

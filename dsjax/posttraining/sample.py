@@ -27,6 +27,7 @@ from dsjax.posttraining.prompts import Check, open_questions
 from dsjax.posttraining.sample_filters import check_line
 from dsjax.posttraining.sample_results import SUMMARY, write_results
 from dsjax.posttraining.sample_rows import Asked, Drawn, origin_of
+from dsjax.rewards.failures import describe_failures, refuse_total_failure
 from dsjax.rewards.score import Scorer
 from dsjax.small_files import read_json
 from dsjax.training.progress import ThroughputDisplay, say
@@ -74,6 +75,7 @@ def sample(config: SampleConfig, console: Console) -> None:
 
     with Scorer(config.rewards) as scorer:
         asked = _ask(config, reader, check)
+        scorer.try_functions(asked[0].prompt, asked[0].example)
         about = origin_of(config, checkpoint, stamp)
         settings = _settings(config, stamp, asked)
         if config.mesh is not None:  # what devices can be asked for, jax has to be asked
@@ -189,6 +191,10 @@ class _Run:
             if all(key in self.journal.records for key in keys):
                 continue
             scores = scorer.score([self.drawn(one, n).answer for one, n in pairs])
+            if begin == 0:
+                refuse_total_failure(scores, "the first prompts")
+            if failures := describe_failures(scores):
+                say(self.console, failures)
             for key, score in zip(keys, scores, strict=True):
                 if key not in self.journal.records:
                     self.journal.write(key, dataclasses.asdict(score))

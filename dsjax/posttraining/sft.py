@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dsjax.checkpoint.adapters import cut_adapters
+from dsjax.checkpoint.overridden import differences
 from dsjax.checkpoint.peft import peft_files
 from dsjax.checkpoint.run_weights import read_adapters
 from dsjax.checkpoint.source import model_of
@@ -49,7 +50,8 @@ def prepare(config: TuningConfig, console: Console) -> Run:
     layout = make_layout(config)
     length = config.data.sequence_length
     rows = rows_read_here(layout, config.training.microbatch_size, length)
-    check_model(config)
+    for changed in differences(config.model, model_of(config.init), config.init):
+        say(console, f"{config.init}: {changed}")
     tuned = Tuned(config, layout)
     language = read_chat_language(config)
     data, held_out = _read_data(config, language, rows.tolist(), console)
@@ -72,17 +74,6 @@ def prepare(config: TuningConfig, console: Console) -> Run:
         finish=partial(_write_adapter, config),
         compressors=dict,
     )
-
-
-def check_model(config: TuningConfig) -> None:
-    """Where a configuration says what its model is, that is the checkpoint's; else `UserError`."""
-    said, found = config.model.model_dump(), model_of(config.init).model_dump()
-    for key in said | found:
-        if said.get(key) != found.get(key):
-            raise UserError(
-                f"model.{key}={said.get(key)!r}, but {config.init} has {found.get(key)!r}; "
-                "leave `model` out: it is the checkpoint's"
-            )
 
 
 def read_chat_language(config: TuningConfig) -> Language:

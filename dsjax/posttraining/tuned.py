@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.checkpoint.adapters import adapted
-from dsjax.checkpoint.load import load_on
+from dsjax.checkpoint.load import load_on, with_config
 from dsjax.config_sft import TuningConfig
 from dsjax.errors import UserError
 from dsjax.model.layers import Frozen, RouterBias, tree_shardings
@@ -61,6 +61,7 @@ class Tuned:
     def begin(self) -> TrainState:
         """The checkpoint's weights on the mesh, new adapters, and moments of zero."""
         model = load_on(self.config.init, self._held, self.layout)
+        model = with_config(model, self.config.model)
         model.dtype = jnp.dtype(self.config.training.compute_dtype)
         shardings = tree_shardings(jax.eval_shape(self._start, model), self.layout)
         state: TrainState = jax.jit(self._start, out_shardings=shardings, donate_argnums=0)(model)

@@ -1,19 +1,14 @@
-"""What is done inside a jail: run a program, compare mathematics, call the user's own function."""
+"""What is done inside a jail with what a model wrote: run a program, compare mathematics."""
 
 from __future__ import annotations
 
 import atexit
 import io
-import json
-import math
 import os
 import sys
 import threading
 import types
-from collections.abc import Callable
 from typing import Any
-
-from dsjax.rewards.answer import Answer
 
 UNREADABLE = b"?"
 """Said of a gold answer in which math-verify finds no mathematics."""
@@ -67,20 +62,3 @@ def compare_mathematics(gold: str, text: str, output: int) -> None:
     found = parse(text, parsing_timeout=0)
     same = verify(expected, found, timeout_seconds=0)
     os.write(output, b"1" if same else b"0")
-
-
-def call_function(function: Callable[..., Any], answers: list[Answer], output: int) -> None:
-    """Write the values of the user's function as JSON, or what it did wrong as {"wrong": ...}."""
-    said: Any
-    try:
-        said = [float(value) for value in function(answers)]
-        if len(said) != len(answers):
-            said = {"wrong": f"returned {len(said)} values for {len(answers)} answers"}
-        elif not all(map(math.isfinite, said)):
-            said = {"wrong": "returned a value that is no number"}
-    except MemoryError:
-        raise
-    except Exception as error:
-        said = {"wrong": f"raised {type(error).__name__}: {error}"}
-    with os.fdopen(output, "w", encoding="utf-8") as file:
-        json.dump(said, file)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.errors import UserError
-from dsjax.rewards import inside, jail, namespaces, remote
+from dsjax.rewards import inside, jail, namespaces, own_code, remote
 from dsjax.rewards.answer import Answer
 from dsjax.rewards.jail import Jail, Outcome
 from dsjax.rewards.namespaces import Limits, View
@@ -148,23 +148,14 @@ def _mathematics() -> tuple[Callable[..., Work], View]:
 
 
 def _user_function(path: str, name: str, network: str) -> tuple[Callable[..., Work], View]:
-    folder = str(Path(path).resolve().parent)
-    sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location("dsjax_user_reward", path)
-    if spec is None or spec.loader is None:
-        raise ImportError("its name does not end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    function: Any = getattr(module, name, None)
-    if not callable(function):
-        raise AttributeError(f"it has no function {name!r}")
+    file = Path(path).resolve()
+    function = own_code.import_function(file, name)
 
     def work_of(job: Job) -> Work:
         answers = [Answer(**answer) for answer in job["answers"]]
-        return partial(inside.call_function, function, answers)
+        return partial(own_code.call_function, function, answers, file)
 
-    return work_of, namespaces.installed_packages(folder, network=network == "network")
+    return work_of, namespaces.installed_packages(str(file.parent), network=network == "network")
 
 
 _KINDS: dict[str, Callable[..., tuple[Callable[..., Work], View]]] = {

@@ -186,7 +186,10 @@ def require_ready(one: Keeper, what: str) -> None:
     if outcome.ended == jail.UNISOLATED:
         raise UserError(f"{what}: this machine refuses isolation ({said}); {LIMITS_HELP}")
     if outcome.ended != jail.OK:
-        raise UserError(f"{what}: {said or 'its process ended at its start'}")
+        lost = "its process ended at its start"
+        if outcome.ended == jail.TIME:
+            lost = f"its imports did not end within {_START_SECONDS:g} s"
+        raise UserError(f"{what}: {said or lost}")
 
 
 def run_tests(

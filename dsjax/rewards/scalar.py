@@ -14,7 +14,7 @@ from dsjax.checkpoint.safetensors import read_header
 from dsjax.config_rewards import ModelReward
 from dsjax.data.text import encode_with_added_tokens
 from dsjax.data.tokenizer import load_tokenizer
-from dsjax.errors import UserError
+from dsjax.errors import UserError, hub_hint
 from dsjax.places import as_path
 from dsjax.rewards.answer import Answer
 from dsjax.rewards.value import Value
@@ -44,7 +44,7 @@ class ScalarModel:
         if not file.is_file():
             raise UserError(
                 f"the reward 'model': {file}: no such file; it holds the head, a tensor 'weight' "
-                "of shape [1, hidden]"
+                f"of shape [1, hidden]{hub_hint(config.checkpoint)}"
             )
         tensors = read_header(file)
         self._tokenizer = load_tokenizer(config.checkpoint)

@@ -23,11 +23,13 @@ from dsjax.config_rewards import (
     PythonReward,
     RewardConfig,
 )
+from dsjax.data.thinking import CLOSED, begins_in_thought
 from dsjax.errors import UserError
 from dsjax.rewards import text, verified
 from dsjax.rewards.answer import Answer
 from dsjax.rewards.language import check_language, language
 from dsjax.rewards.sandbox import CODE, MATH, TESTS, Sandbox
+from dsjax.rewards.user_function import UserFunction
 from dsjax.rewards.value import Reward, Value
 
 _OF_TEXT = {
@@ -49,7 +51,7 @@ class Score:
     """By the rewards' names."""
     reasons: Mapping[str, str]
     """By the rewards' names, where a verifier failed: "time", "memory", "output", "crash",
-    "refused: ..."."""
+    "refused: ...", or an exception and its line in the user's file."""
 
 
 class Scorer:
@@ -86,7 +88,7 @@ class Scorer:
             verify = verified.mathematics if isinstance(config, MathReward) else verified.code
             return partial(verify, config, sandbox)
         if isinstance(config, PythonReward):
-            function = verified.UserFunction(config)
+            function = UserFunction(config)
             self._stack.callback(function.close)
             return function
         if isinstance(config, ModelReward):
@@ -116,11 +118,31 @@ class Scorer:
             if problem := _problem(reward, example):
                 raise UserError(f"{where}: the reward {reward.name!r}: {problem}")
 
+    def try_functions(self, prompt: str, example: Mapping[str, Any]) -> None:
+        """Call the user's functions once, before a model spends time on answers.
+
+        Args:
+            prompt: a question as the model reads it.
+            example: the line of the prompt file that it comes from; its `answer` is the made-up
+                answer's text, if it has one.
+
+        Raises:
+            UserError: a function fails, or returns something else than a number for each answer.
+        """
+        text = str(example.get("answer", "An answer."))
+        if begins_in_thought(prompt):
+            text = f"A thought.\n{CLOSED}\n\n{text}"
+        made_up = [Answer(prompt, f"{text}{end}", 9, False, example) for end in ("", "\n")]
+        for function in self._functions:
+            if isinstance(function, UserFunction):
+                function.check(made_up)
+
     def score(self, answers: Sequence[Answer]) -> list[Score]:
         """Scores in the answers' order, whatever the model wrote.
 
         Raises:
-            UserError: as `check`, for the line that an answer answers.
+            UserError: as `check`, for the line that an answer answers; or a user's function returns
+                something else than a number for each answer.
         """
         for number, answer in enumerate(answers):
             self.check(answer.example, f"answer {number}")

@@ -13,7 +13,9 @@ class Value(NamedTuple):
 
     value: float
     reason: str = ""
-    """"time", "memory", "crash", "output", or "refused: ..."; empty where nothing failed."""
+    """"time", "memory", "crash", "output", "refused: ...", or an exception and its line in the
+    user's file; empty where nothing failed. What differs from answer to answer stands in
+    parentheses at the end."""
 
 
 Reward = Callable[[Sequence[Answer]], list[Value]]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from dsjax.config_rewards import CodeReward, MathReward, PythonReward
-from dsjax.errors import UserError
+from dsjax.config_rewards import CodeReward, MathReward
 from dsjax.rewards import jail
 from dsjax.rewards.answer import Answer, final_answer, python_block
 from dsjax.rewards.inside import UNREADABLE
 from dsjax.rewards.jail import Outcome
 from dsjax.rewards.namespaces import Limits
-from dsjax.rewards.sandbox import CODE, MATH, PYTHON, Keeper, Sandbox, require_ready, run_tests
+from dsjax.rewards.sandbox import CODE, MATH, Keeper, Sandbox, run_tests
 from dsjax.rewards.value import Value
 
 WRONG, RIGHT = Value(0.0), Value(1.0)
@@ -112,54 +109,3 @@ def _judge(outcome: Outcome) -> Value:
     if "broken" in verdict:
         return Value(0.0, f"refused: the tests are of no use: {verdict['broken']}")
     return RIGHT if verdict["passed"] else WRONG
-
-
-# ---------------------------------------------------------------------------------------------
-# The user's own function
-# ---------------------------------------------------------------------------------------------
-
-
-class UserFunction:
-    """`function(answers) -> values` of the user's file.
-
-    The file is imported once, outside of any jail: it is the user's, and no text of a model is
-    there yet. Each call happens in a jail, in which it reads what is installed and what lies beside
-    the file. What it changes is forgotten after the call.
-    """
-
-    def __init__(self, config: PythonReward):
-        """Import it.
-
-        Raises:
-            UserError: there is no such file or function, importing it raises, or there is no
-                isolation on this machine.
-        """
-        path = Path(config.path)
-        if not path.is_file():
-            raise UserError(f"the reward 'python': {path}: no such file")
-        network = "network" if config.network else "offline"
-        self._keeper = Keeper(PYTHON, str(path.resolve()), config.function, network)
-        self._limits = Limits(config.seconds, config.memory_bytes, output_bytes=64 << 20)
-        try:
-            require_ready(self._keeper, f"the reward 'python': {path}")
-        except BaseException:
-            self.close()
-            raise
-
-    def __call__(self, answers: Sequence[Answer]) -> list[Value]:
-        """Values of all. Where a call fails its halves are tried: one answer spoils one."""
-        if not answers:
-            return []
-        job = {"answers": [dataclasses.asdict(answer) for answer in answers]}
-        outcome = self._keeper.do(job, self._limits)
-        said = json.loads(outcome.output) if outcome.ended == jail.OK else None
-        if isinstance(said, list):
-            return [Value(value) for value in said]
-        if len(answers) == 1:
-            return [Value(0.0, f"refused: it {said['wrong']}" if said else outcome.ended)]
-        half = len(answers) // 2
-        return [*self(answers[:half]), *self(answers[half:])]
-
-    def close(self) -> None:
-        """End its process."""
-        self._keeper.close()

@@ -101,5 +101,9 @@ def smooth(y: np.ndarray) -> np.ndarray:
 
 
 def numbers(records: list[Record], name: str) -> np.ndarray:
-    """One figure of every record; NaN where it was not finite."""
-    return np.array([np.nan if r[name] is None else r[name] for r in records], float)
+    """One figure of every record; NaN where it was not finite, or is not there.
+
+    A run that went on with other settings has records without the figures that came with them.
+    """
+    values = [record.get(name) for record in records]
+    return np.array([np.nan if value is None else value for value in values], float)

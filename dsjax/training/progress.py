@@ -52,10 +52,16 @@ class Display:
         """One line above the bar."""
         say(self._console, text)
 
-    def show(self, done: int, text: str) -> None:
-        """How much is done; without a terminal a line with the time left, now and then."""
+    def show(self, done: int, text: str, remark: str = "") -> None:
+        """How much is done; without a terminal a line with the time left, now and then.
+
+        A remark is said at once, in a line that stays.
+        """
+        if remark:
+            self.say(f"{text}  ({remark})")
         if self._bar:
             self._bar.update(self._task, completed=done, text=text)
+        if self._bar or remark:
             return
         now = time.monotonic()
         if self._start is None:  # compiling is over, and so is the first, slow step

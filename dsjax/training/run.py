@@ -34,6 +34,13 @@ from dsjax.model.layers import tree_shardings
 from dsjax.places import as_path
 from dsjax.small_files import write_whole
 from dsjax.training.bucket_metrics import open_log, read_records
+from dsjax.training.changes import (
+    Change,
+    describe_changes,
+    refuse_other_arrays,
+    resumed_changes,
+    say_resumed,
+)
 from dsjax.training.loop import Clock, StepMaker, TrainingLoop
 from dsjax.training.picture import draw_run
 from dsjax.training.profile import StepProfiler
@@ -179,19 +186,21 @@ def _resume(
     run: Run, store: CheckpointStore, placed: TrainState, console: Console
 ) -> tuple[TrainState | None, Clock]:
     """What is kept of the newest sound checkpoint, and its place; None where there is none."""
+    folder = as_path(run.config.run_dir)
+    changes = resumed_changes(folder, run.settings, store)
     restored = store.restore(placed)
     if restored is None:
         return None, Clock()
     step, state, extra = restored
     saved, wanted = extra["model"], run.config.model.model_dump()
-    for key in wanted:
-        if saved.get(key) != wanted[key]:
-            raise UserError(
-                f"{run.config.run_dir}: holds a checkpoint of another model: {key} was "
-                f"{saved.get(key)}, is {wanted[key]}; restore the setting or choose another run_dir"
-            )
-    run.data.set_state(extra["data"])
-    say(console, f"resuming {run.config.run_dir} at step {step:,}")
+    refuse_other_arrays(folder, [Change(f"model.{k}", saved.get(k), wanted[k]) for k in wanted
+                                 if saved.get(k) != wanted[k]])  # fmt: skip
+    try:
+        run.data.set_state(extra["data"])
+    except UserError as error:
+        told = f"; {describe_changes(changes)}" if changes else ""
+        raise UserError(f"{run.config.run_dir}: {error}{told}") from None
+    say_resumed(console, run.config.run_dir, step, changes)
     return state, Clock(step, extra["tokens"])
 
 

@@ -85,7 +85,9 @@ def test_a_glob_means_the_same_files_in_a_bucket(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     here = f"{tmp_path}/{pattern}"
-    local, remote = find_files(here), find_files(in_bucket(store, tmp_path, here))
+    local, remote = (
+        find_files(where, "data.sources") for where in (here, in_bucket(store, tmp_path, here))
+    )
     assert [(file.name, file.size) for file in remote] == [(f.name, f.size) for f in local]
     assert all(str(file.path).startswith(f"gs://{BUCKET}/data/") for file in remote)
 
@@ -192,7 +194,7 @@ def test_compressed_files_and_names_with_brackets_are_read_in_a_bucket(
 @pytest.mark.parametrize("path", ["gs://*/a.txt", "gs://[b]/*"])
 def test_a_pattern_for_the_bucket_itself_is_refused(path: str) -> None:
     with pytest.raises(UserError, match="with a bucket that is no pattern"):
-        find_files(path)
+        find_files(path, "data.sources")
 
 
 @pytest.mark.parametrize("kind", KINDS)

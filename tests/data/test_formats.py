@@ -39,9 +39,9 @@ def test_files_come_in_the_order_of_their_names_below_the_root(tmp_path):
     for name in ("b/z.txt", "a.txt", "b/c/d.txt", "b.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    names = [file.name for file in find_files(f"{tmp_path}/**/*.txt")]
+    names = [file.name for file in find_files(f"{tmp_path}/**/*.txt", "data.sources")]
     assert names == ["a.txt", "b/c/d.txt", "b/z.txt"]
-    assert [file.name for file in find_files(f"{tmp_path}/b/z.txt")] == ["z.txt"]
+    assert [file.name for file in find_files(f"{tmp_path}/b/z.txt", "data.sources")] == ["z.txt"]
 
 
 def test_bytes_survive_reading_but_for_a_byte_order_mark(tmp_path):

@@ -173,10 +173,15 @@ def wait_for_steps(processes: Forks, run_dir: Path, steps: int) -> None:
             {"prompts": {"path": "FILE"}},
             r"q.jsonl:2: the reward 'exact': the key 'answer' is missing",
         ),
-        ({"prompts": {"path": "NONE"}}, "none.jsonl: no file matches"),
+        ({"prompts": {"path": "NONE"}}, "prompts.path: .*none.jsonl: no file matches"),
         ({"prompts": {"path": "EMPTY"}}, "expected a text or messages"),
         ({"prompts": {"path": "CHAT"}}, "the checkpoint has no chat template"),
         ({"rewards": [{"name": "python", "path": "RAISES"}]}, "raises.py.*no luck"),
+        (
+            {"rewards": [{"name": "exact"}, {"name": "python", "path": "ZERO"}]},
+            "zero.py: called once with made-up answers, it fails: ZeroDivisionError in zero.py:2",
+        ),
+        ({"rewards": [{"name": "python", "path": "ONE"}]}, "one.py:1: returned 1 values for 2 ans"),
         (
             {"training__max_steps": 9, "grpo__inner_epochs": 2},
             "max_steps=9 is no multiple of the 2 steps of a rollout",
@@ -184,7 +189,7 @@ def wait_for_steps(processes: Forks, run_dir: Path, steps: int) -> None:
         ({"training__microbatch_size": 3}, "training.microbatch_size=3"),
         ({"prompts__held_out_fraction": 0}, "no question of comparison is held out"),
         ({"init": "MISSING"}, "missing: no such folder"),
-        ({"grpo__reference": "OTHER"}, "its vocab_size is 512, the policy's 261"),
+        ({"grpo__reference": "OTHER"}, "model.vocab_size=261, but grpo.reference=.* has 512"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
@@ -194,6 +199,8 @@ def test_what_cannot_be_is_said_in_one_line(
         "FILE": ("q.jsonl", '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "2+2="}\n'),
         "EMPTY": ("e.jsonl", '{"prompt": "", "answer": "2"}\n'),
         "CHAT": ("c.jsonl", '{"prompt": [{"role": "user", "content": "x"}], "answer": "2"}\n'),
+        "ZERO": ("zero.py", "def reward(answers):\n    return [1 / 0 for _ in answers]\n"),
+        "ONE": ("one.py", "def reward(answers): return [1.0]\n"),
         "RAISES": ("raises.py", "raise ValueError('no luck')\n"),
         "OTHER": ("other/config.json", json.dumps(make_config(load_model_config("cpu-tiny")))),
     }

@@ -213,3 +213,39 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
         sample(config, Console())
     assert re.search(r"prompts\.jsonl", str(caught.value))
     assert not (tmp_path / "out").exists()
+
+
+OWN = """
+def never(answers):
+    return [1 / 0 for _ in answers]
+
+def of_made_up(answers):
+    return [{"1": 1.0, "2": 1.0}[one.text.strip()] for one in answers]
+
+def of_most(answers):
+    values = [1.0] * len(answers)
+    if len(answers) == 6:
+        values[3] = None
+    return values
+"""
+
+
+def test_a_function_that_fails_is_said_before_or_with_the_first_scores(
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sums(tmp_path, 2)
+    (tmp_path / "own.py").write_text(OWN)
+
+    def sampled(function: str) -> None:
+        own = {"name": "python", "path": str(tmp_path / "own.py"), "function": function}
+        output = f"output={tmp_path / function}"
+        run(ScriptedEngine(babble), "filters=[]", output, rewards=[own])
+
+    with pytest.raises(UserError, match=r"it fails: ZeroDivisionError in own.py:3"):
+        sampled("never")
+    assert not (tmp_path / "never").exists()
+    with pytest.raises(UserError, match=r"no value for any of the 6 answers of .*own.py:6"):
+        sampled("of_made_up")
+    sampled("of_most")
+    said = capsys.readouterr().out
+    assert "1 of 6 answers without a score: python: returned None in own.py:8" in said

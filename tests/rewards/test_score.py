@@ -18,7 +18,6 @@ from dsjax.config_rewards import (
     LanguageReward,
     LengthReward,
     MathReward,
-    PythonReward,
     RewardConfig,
 )
 from dsjax.errors import UserError
@@ -230,82 +229,8 @@ def test_an_argument_is_a_copy():
 
 
 # ---------------------------------------------------------------------------------------------
-# The user's own file
+# The machine
 # ---------------------------------------------------------------------------------------------
-
-OWN = '''
-import beside, time, socket
-
-def reward(answers):
-    """One value for each."""
-    values = []
-    for answer in answers:
-        if answer.text == "hang":
-            while True: pass
-        if answer.text == "raise":
-            raise KeyError("x")
-        values.append(beside.worth(answer.text) + answer.tokens * answer.example["bonus"])
-    return values
-
-def short(answers):
-    return [1.0]
-
-def online(answers):
-    socket.create_connection(("127.0.0.1", int(answers[0].text)), 5).close()
-    return [1.0] * len(answers)
-'''
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> str:
-    (tmp_path / "beside.py").write_text("def worth(text): return len(text)\n")
-    (tmp_path / "own.py").write_text(OWN)
-    return str(tmp_path / "own.py")
-
-
-def test_the_users_function_is_called_with_all_answers(own: str):
-    texts = ["a", "bb", "hang", "raise", "ccc"]
-    with Scorer([PythonReward(path=own, weight=0.5, seconds=1)]) as scorer:
-        scores = scorer.score([answer(text, bonus=1) for text in texts])
-    assert [score.total for score in scores] == [5.0, 5.5, 0.0, 0.0, 6.0]
-    assert scores[2].reasons == {"python": "time"}
-    assert scores[3].reasons == {"python": "refused: it raised KeyError: 'x'"}
-
-
-def test_the_users_function_has_a_network_only_if_it_is_given(own: str):
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = answer(str(server.getsockname()[1]))
-        with Scorer([PythonReward(path=own, function="online")]) as scorer:
-            assert scorer.score([port])[0].total == 0.0
-        with Scorer([PythonReward(path=own, function="online", network=True)]) as scorer:
-            assert scorer.score([port])[0].total == 1.0
-
-
-def test_a_function_that_counts_wrong_is_refused(own: str):
-    with Scorer([PythonReward(path=own, function="short")]) as scorer:
-        first, second = scorer.score([answer("a"), answer("b")])
-    assert (first.total, second.total) == (1.0, 1.0), "each alone gets the one value there is"
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("raise RuntimeError('not today')", "own.py: RuntimeError: not today"),
-        ("def other(answers): pass", "own.py: AttributeError: it has no function 'reward'"),
-        ("reward = 3", "own.py: AttributeError: it has no function 'reward'"),
-        ("def reward(:", "own.py: SyntaxError: invalid syntax"),
-        ("import os; os._exit(3)", "own.py: its process ended at its start"),
-        (None, "own.py: no such file"),
-    ],
-)
-def test_a_file_of_no_use_is_one_line(source: str | None, said: str, tmp_path: Path):
-    if source is not None:
-        (tmp_path / "own.py").write_text(source)
-    with pytest.raises(UserError) as raised:
-        Scorer([PythonReward(path=str(tmp_path / "own.py"))])
-    assert said in str(raised.value)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -313,10 +238,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match=r"pip install 'dsjax\[post\]'"):
         keeper._mathematics()
 
-
-# ---------------------------------------------------------------------------------------------
-# The machine
-# ---------------------------------------------------------------------------------------------
 
 NARROW = """
 import resource
