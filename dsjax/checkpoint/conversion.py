@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from dsjax.checkpoint.export_config import make_config, to_bytes, with_dtype
+from dsjax.checkpoint.export_config import describe, make_config, to_bytes, with_dtype
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
 from dsjax.checkpoint.safetensors import INDEX, SINGLE
-from dsjax.checkpoint.source import RUN, Source, Stored
-from dsjax.checkpoint.streams import Item
+from dsjax.checkpoint.source import Source, Stored
+from dsjax.checkpoint.streams import QUANTIZE, Item
 from dsjax.checkpoint.tables import human
 from dsjax.checkpoint.weights_folder import (
     CONFIG,
@@ -113,7 +113,7 @@ def make_plan(source: Source, to: str, dtype: str | None) -> Plan:
     """
     items = [_item(tensor, source, dtype) for tensor in source.parts]
     _check(items, source, stacked=to == DSJAX)
-    carried = _carried(source, dtype, to)
+    carried = _carried(source, items, dtype, to)
     if to == HF:
         jobs, index = _shards(items)
         return Plan(jobs, carried | index, [], {})
@@ -300,18 +300,28 @@ def _jobs(
 # ---------------------------------------------------------------------------------------------
 
 
-def _carried(source: Source, dtype: str | None, to: str) -> dict[str, bytes]:
-    """Tokenizer, templates and settings as they are; config.json says the dtype that is true."""
+def _carried(source: Source, items: list[Item], dtype: str | None, to: str) -> dict[str, bytes]:
+    """Tokenizer, templates and settings as they are; `config.json` too where all of it stays true.
+
+    Without a dtype nothing becomes untrue but a quantization that the weights are not in, and MTP
+    layers that are not there.
+    """
     files = _read_carried(source.carried) | source.made
     config = files.get("config.json")
-    written = None if dtype is None else DTYPE_NAMES[dtype]
-    if config is not None and written is not None:
-        tree = parse_json(config, str(source.carried["config.json"]))
-        files["config.json"] = to_bytes(with_dtype(tree, written))
-    elif config is None and to == HF:
-        held = written or source.stored[source.parts[0].name].dtype
-        if source.kind != RUN and any(e.dtype == FP8 for e in source.stored.values()):
-            held = FP8
+    fp8 = any(item.dtype == FP8 for item in items)
+    if config is not None:
+        found = parse_json(config, str(source.carried["config.json"]))
+        tree = found if dtype is None else with_dtype(found, DTYPE_NAMES[dtype])
+        tree = describe(
+            tree,
+            fp8=fp8,
+            quantized_here=any(item.step == QUANTIZE for item in items),
+            mtp_layers=source.config.num_nextn_predict_layers,
+        )
+        if tree != found:
+            files["config.json"] = to_bytes(tree)
+    elif to == HF:
+        held = FP8 if fp8 else items[0].dtype  # the embedding's
         files["config.json"] = to_bytes(with_dtype(make_config(source.config), held))
     if to == HF:
         return files

@@ -63,14 +63,42 @@ def with_dtype(tree: dict[str, Any], dtype: str) -> dict[str, Any]:
 
     FP8 weights compute in bfloat16, and are described by `quantization_config`.
     """
-    tree = dict(tree)
     keys = [key for key in ("torch_dtype", "dtype") if key in tree] or ["torch_dtype"]
-    tree |= dict.fromkeys(keys, _TORCH[dtype])
-    if dtype != FP8:
+    return describe(tree | dict.fromkeys(keys, _TORCH[dtype]), fp8=dtype == FP8)
+
+
+def describe(
+    tree: dict[str, Any], *, fp8: bool, quantized_here: bool = False, mtp_layers: int | None = None
+) -> dict[str, Any]:
+    """Make true what a configuration says of the weights beside it.
+
+    A description of FP8 in this very form stays as it is, with whatever its maker says of scales
+    (`scale_fmt`) or left-out modules. One of other weights, left behind by another tool or true of
+    the source only, goes.
+
+    Args:
+        tree: what `config.json` holds.
+        fp8: whether there are FP8 weights.
+        quantized_here: whether some of them were made anew: then the old description is of others.
+        mtp_layers: how many there are; None leaves what the tree says.
+    """
+    tree = {key: value for key, value in tree.items() if key != "compression_config"}
+    if not fp8:
         tree.pop("quantization_config", None)
-    else:
-        tree.setdefault("quantization_config", QUANTIZATION)
+    elif quantized_here or not _is_own_form(tree.get("quantization_config")):
+        tree["quantization_config"] = QUANTIZATION
+    if mtp_layers is not None and (tree.get("num_nextn_predict_layers") or 0) != mtp_layers:
+        tree["num_nextn_predict_layers"] = mtp_layers
     return tree
+
+
+def _is_own_form(described: Any) -> bool:
+    """Whether this describes e4m3 with a scale for each block of 128 x 128."""
+    return (
+        isinstance(described, dict)
+        and all(described.get(key, value) == value for key, value in QUANTIZATION.items())
+        and {"quant_method", "weight_block_size"} <= described.keys()
+    )
 
 
 def to_bytes(tree: dict[str, Any]) -> bytes:

@@ -60,7 +60,11 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: a key is missing, of the wrong type, or asks for what is not built here.
     """
     file = folder / "config.json"
-    tree = read_json(file)
+    return parse_config(read_json(file), file)
+
+
+def parse_config(tree: dict[str, Any], file: Path) -> ModelConfig:
+    """The same of what was read already; `file` is for messages."""
     family = tree.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{file}: model_type={family!r}; expected one of {', '.join(FAMILIES)}")

@@ -359,9 +359,7 @@ def test_no_setting_and_no_prompt_compiles_anything_again():
     set_, mark, record_, sample_, adjusted_, logprobs_ = functions
     rng, state, logits = np.random.default_rng(0), SamplerState.empty(3, 90), normal(11, 3, 90)
     for step in range(30):
-        state = set_(
-            state, step % 3, row_params(random_settings(rng, 80), [(), (4,)][rng.integers(2)])
-        )
+        state = set_(state, step % 3, row_params(random_settings(rng, 80), (4, 5)[: step % 3]))
         state = mark(state, step % 3, rng.integers(0, 80, CHUNK, np.int32), step % CHUNK)
         tokens = sample_(logits, state, 60 + step)
         adjusted_(logits, state, 60 + step)
