@@ -68,7 +68,8 @@ def report(source: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or the folder's tensors are not those of its config.
     """
-    path, remarks = as_path(source), ()
+    path = as_path(source)
+    remarks: tuple[str, ...] = ()
     absent = isinstance(path, ObjectPath) and not path.exists()
     if absent or path.is_dir() or path.suffix == ".gguf":
         opened = open_source(path, check=False, allow_pickle=allow_pickle)
