@@ -36,7 +36,7 @@ SCALE_NAMES = ("_scale_inv", "_scale")
 EXACT_SCALES = {"F32", "BF16", "F16", "F8_E8M0"}
 
 _ACTIVATION_SCALES = re.compile(
-    r"\.(input_scale|activation_scale(_inv)?|input_scale_inv|output_scale|[kv]_scale|kv_scale)$"
+    r"\.((input|activation)_scale(_inv)?|output_scale|(q|k|v|kv|prob)_scale)$"
 )
 _FORMATS = {
     ".weight_scale_2": "NVFP4 (modelopt)",
@@ -179,7 +179,10 @@ def with_block_scales(
         if entry is None or name is None or entry.dtype != FP8 or entry.shape != tensor.shape:
             continue
         scales = found[name]
-        block = _block(tensor.shape, scales.shape, quantization)
+        named = _named_block(quantization)
+        if not quantization and name.endswith("_scale_inv"):  # DeepSeek's own name
+            named = BLOCK, BLOCK
+        block = _block(tensor.shape, scales.shape, named)
         if block is None or scales.dtype not in EXACT_SCALES:
             continue
         del found[name]
@@ -200,16 +203,15 @@ def with_block_scales(
 
 
 def _block(
-    shape: tuple[int, ...], scales: tuple[int, ...], quantization: Mapping[str, Any]
+    shape: tuple[int, ...], scales: tuple[int, ...], named: tuple[int, int] | None
 ) -> tuple[int, int] | None:
     """How many rows and columns share a scale; None where the shapes do not tell.
 
-    Sizes that the configuration names are insisted on; where it names none, they follow.
+    Sizes that are named are insisted on: others could fit the shapes, and put scales on wrong rows.
     """
     if len(shape) != 2 or len(scales) > 2:
         return None
     grid = (*scales, 1, 1)[:2]
-    named = _named_block(quantization)
     for block in (named, (BLOCK, BLOCK)) if named is None else (named,):
         if block and grid == tuple(-(-n // size) for n, size in zip(shape, block, strict=True)):
             return block
@@ -219,9 +221,7 @@ def _block(
 
 
 def _named_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block that a configuration names; DeepSeek's where there is none at all."""
-    if not quantization:
-        return BLOCK, BLOCK
+    """The sides of a block that a configuration names."""
     size = quantization.get("weight_block_size")
     groups = quantization.get("config_groups")
     if isinstance(groups, dict):

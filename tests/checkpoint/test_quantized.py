@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from reference.configs import DENSE_CONFIGS
 from released_folders import BLOCKS, BLOCKS_DENSE, Weights, weights_of, write_released
 
+from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.convert import convert
 from dsjax.checkpoint.families import FP8, tensors
 from dsjax.checkpoint.from_files import load_files
@@ -40,6 +42,7 @@ FORMS: dict[str, tuple[dict[str, Any], tuple[int, int], str, Any, str, str]] = {
     "a scale a tensor": (STATIC, (0, 0), "_scale", np.float32, FP8, "larger blocks are repeated"),
     "modelopt's": ({"quant_method": "modelopt", "quant_algo": "FP8"}, (0, 0), "_scale", np.float32,
                    FP8, "of larger blocks are repeated"),
+    "hf_quant_config.json's": ({}, (0, 0), "_scale", np.float32, FP8, "larger blocks are repeated"),
     "larger blocks": (OWN | {"weight_block_size": [256, 128]}, (256, 128), "_scale_inv",
                       np.float32, FP8, "of larger blocks are repeated"),
     "compressed blocks": (compressed(strategy="block", block_structure=[128, 128]), (128, 128),
@@ -75,10 +78,14 @@ def with_scales(
 
 
 def write(
-    folder: Path, weights: Weights, quantization: dict[str, Any], config: Any = BLOCKS
+    folder: Path, weights: Weights, quantization: dict[str, Any], config: ModelConfig = BLOCKS
 ) -> None:
-    keys: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
-    write_released(folder, config, FP8, weights=weights, **keys)
+    """A folder whose config.json has this quantization_config, or none."""
+    write_released(folder, config, FP8, weights=weights)
+    tree = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    if not quantization:
+        del tree["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(tree))
 
 
 @pytest.mark.parametrize("form", FORMS)

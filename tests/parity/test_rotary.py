@@ -133,7 +133,7 @@ def without(settings: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != key}
 
 
-MSCALES = [
+MSCALES: list[dict[str, Any]] = [
     {name: value for name, value in (("mscale", m), ("mscale_all_dim", a)) if value != "absent"}
     for m in ("absent", None, 0, 0.5, 1.0)
     for a in ("absent", None, 0, 0.5, 1.0)
