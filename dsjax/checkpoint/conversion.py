@@ -12,10 +12,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from dsjax.checkpoint.export_config import describe, make_config, to_bytes, with_dtype
+from dsjax.checkpoint.export_config import (
+    SCALE_FORMAT,
+    describe,
+    make_config,
+    to_bytes,
+    with_dtype,
+)
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
+from dsjax.checkpoint.quantized import quantization_of
 from dsjax.checkpoint.safetensors import INDEX, SINGLE
 from dsjax.checkpoint.source import Source, Stored
 from dsjax.checkpoint.streams import QUANTIZE, Item
@@ -34,6 +42,7 @@ from dsjax.checkpoint.weights_folder import (
     stack_of,
 )
 from dsjax.errors import UserError
+from dsjax.places import ObjectPath
 from dsjax.small_files import MAX_BYTES, parse_json, read_small
 
 HF, DSJAX = "hf", "dsjax"
@@ -312,9 +321,11 @@ def _carried(source: Source, items: list[Item], dtype: str | None, to: str) -> d
     if config is not None:
         found = parse_json(config, str(source.carried["config.json"]))
         tree = found if dtype is None else with_dtype(found, DTYPE_NAMES[dtype])
+        says_powers = SCALE_FORMAT in quantization_of(found)
         tree = describe(
             tree,
             fp8=fp8,
+            powers_of_two=not says_powers or _are_powers_of_two(items),
             quantized_here=any(item.step == QUANTIZE for item in items),
             mtp_layers=source.config.num_nextn_predict_layers,
         )
@@ -327,6 +338,17 @@ def _carried(source: Source, items: list[Item], dtype: str | None, to: str) -> d
         return files
     homes = {name: TOKENIZER if _OF_TOKENIZER.search(name) else RELEASED for name in files}
     return {f"{homes[name]}/{name}": data for name, data in files.items()}
+
+
+def _are_powers_of_two(items: list[Item]) -> bool:
+    """Whether every scale that is carried is one. In a bucket they are too many requests to ask."""
+    for item in items:
+        if item.scales is None or isinstance(item.scales.file, ObjectPath):
+            continue
+        scales = item.scales.read_flat(0, math.prod(item.scales.shape))
+        if (scales.view(np.uint32) & 0x7F_FFFF).any():  # the mantissa
+            return False
+    return True
 
 
 def _read_carried(carried: dict[str, Path]) -> dict[str, bytes]:

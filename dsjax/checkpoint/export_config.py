@@ -28,6 +28,9 @@ QUANTIZATION = {
 }
 """What DeepSeek's releases say of their FP8."""
 
+SCALE_FORMAT = "scale_fmt"
+"""How V3.1 and later say that scales are powers of two; of V3.1-Terminus some are not."""
+
 _TORCH = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", FP8: "bfloat16"}
 
 
@@ -68,7 +71,12 @@ def with_dtype(tree: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def describe(
-    tree: dict[str, Any], *, fp8: bool, quantized_here: bool = False, mtp_layers: int | None = None
+    tree: dict[str, Any],
+    *,
+    fp8: bool,
+    quantized_here: bool = False,
+    powers_of_two: bool = True,
+    mtp_layers: int | None = None,
 ) -> dict[str, Any]:
     """Make true what a configuration says of the weights beside it.
 
@@ -80,6 +88,7 @@ def describe(
         tree: what `config.json` holds.
         fp8: whether there are FP8 weights.
         quantized_here: whether some of them were made anew: then the old description is of others.
+        powers_of_two: whether every scale is one, as `scale_fmt: ue8m0` says.
         mtp_layers: how many there are; None leaves what the tree says.
     """
     tree = {key: value for key, value in tree.items() if key != "compression_config"}
@@ -87,6 +96,9 @@ def describe(
         tree.pop("quantization_config", None)
     elif quantized_here or not _is_own_form(tree.get("quantization_config")):
         tree["quantization_config"] = QUANTIZATION
+    elif not powers_of_two:
+        own = tree["quantization_config"]
+        tree["quantization_config"] = {k: v for k, v in own.items() if k != SCALE_FORMAT}
     if mtp_layers is not None and (tree.get("num_nextn_predict_layers") or 0) != mtp_layers:
         tree["num_nextn_predict_layers"] = mtp_layers
     return tree
