@@ -291,9 +291,15 @@ def _unreadable(quantization: Mapping[str, Any]) -> str | None:
     }
     if method is None or readable.get(method if isinstance(method, str) else "", False):
         return None
-    bits = "4-bit" if quantization.get("load_in_4bit") else quantization.get("bits")
-    more = detail or (f"{bits} bits" if isinstance(bits, int) else bits)
-    return f"{method} ({more})" if more else f"{method}"
+    bits = 4 if quantization.get("load_in_4bit") else quantization.get("bits")
+    more = detail or (f"{bits}-bit" if isinstance(bits, int) else None)
+    return f"{_printable(method)} ({_printable(more)})" if more else _printable(method)
+
+
+def _printable(value: Any) -> str:
+    """As it is where it is a short word, else spelled and cut."""
+    word = isinstance(value, str) and value.isprintable() and len(value) < 40
+    return value if word else repr(value)[:40]
 
 
 def quantization_of(tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -76,7 +76,9 @@ def rotary_remark(tree: dict[str, Any], source: str) -> str | None:
     """A line about a setting that other libraries read and this one does not, as transformers."""
     rope = _given(tree, source)
     factor, attn = rope.get("factor"), rope.get("attn_factor")
-    if _kind(rope) != "yarn" or attn in (None, 1) or rope.get("attention_factor") is not None:
+    if not isinstance(attn, int | float) or attn == 1:
+        return None
+    if _kind(rope) != "yarn" or "attention_factor" in rope:
         return None
     return (
         f"rope_scaling.attn_factor={attn!r} is not used, as in transformers; vLLM multiplies cos "
@@ -84,9 +86,9 @@ def rotary_remark(tree: dict[str, Any], source: str) -> str | None:
     )
 
 
-def _times_yarn(factor: Any, attn: Any) -> str:
+def _times_yarn(factor: Any, attn: float) -> str:
     """The amplitude that vLLM makes of both."""
-    if not all(isinstance(x, int | float) for x in (factor, attn)) or factor < 1:
+    if not isinstance(factor, int | float) or factor < 1:
         return "(0.1 ln(factor) + 1) * attn_factor"
     return f"{(0.1 * math.log(factor) + 1) * attn:.6g}"
 

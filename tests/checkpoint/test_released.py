@@ -97,3 +97,20 @@ def test_mtp_layers_share_what_they_do_not_store(
     convert(tmp_path / "hf", tmp_path / "ours", verify=True)
     convert(tmp_path / "ours", tmp_path / "back")
     assert_same(tmp_path / "back", weights)
+
+
+def test_a_factor_that_vllm_alone_reads_is_named(tmp_path: Path) -> None:
+    """R1-0528-Qwen3-8B's, which cancels YaRN's amplitude in vLLM."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    config = DENSE_CONFIGS["qwen3_yarn"]
+    for name, more, count in (
+        ("read by vLLM", {"attn_factor": 0.8782488562869419}, 1),
+        ("replaced", {"attn_factor": 0.878, "attention_factor": 1.0}, 0),
+        ("without effect", {"attn_factor": 1.0}, 0),
+    ):
+        write_released(tmp_path / name, config, "BF16", rope_scaling=rope | more)
+        remarks = open_source(tmp_path / name).remarks
+        assert len(remarks) == count
+        for remark in remarks:
+            assert "rope_scaling.attn_factor=0.8782488562869419 is not used" in remark
+            assert remark.endswith("set attention_factor=1")
