@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -29,6 +37,17 @@ MAX_EXPERTS = 100_000
 more says it by mistake. Kimi-K2 has 23,424."""
 
 
+MAX_EOS_TOKENS = 8
+"""More than any release names; each takes a slot in the sampler."""
+
+
+class LinearConfig(Section):
+    """Linear position interpolation (arXiv:2306.15595): every frequency is divided by `factor`."""
+
+    rope_type: Literal["linear"]
+    factor: float = Field(gt=0)
+
+
 class YarnConfig(Section):
     """YaRN context extension (arXiv:2309.00071), with DeepSeek's two mscales."""
 
@@ -38,6 +57,10 @@ class YarnConfig(Section):
     beta_slow: float = Field(1.0, gt=0)
     mscale: float = Field(1.0, ge=0)
     mscale_all_dim: float = Field(0.0, ge=0)
+    attention_factor: float | None = Field(None, ge=0)
+    """Factor on cos and sin; None: the ratio that the two mscales give."""
+    truncate: bool = True
+    """Whether the ends of the ramp are rounded outwards to whole pairs."""
 
 
 class Llama3Config(Section):
@@ -60,13 +83,30 @@ class Llama3Config(Section):
 
 def _extension(given: Any) -> str:
     keys = given if isinstance(given, dict) else type(given).model_fields
+    if "rope_type" in keys:
+        return "linear"
     return "llama3" if "low_freq_factor" in keys else "yarn"
 
 
-_RopeScaling = Annotated[
-    Annotated[YarnConfig, Tag("yarn")] | Annotated[Llama3Config, Tag("llama3")],
+RopeScaling = Annotated[
+    Annotated[YarnConfig, Tag("yarn")]
+    | Annotated[Llama3Config, Tag("llama3")]
+    | Annotated[LinearConfig, Tag("linear")],
     Discriminator(_extension),
 ]
+"""Any rotary extension that is computed here."""
+
+
+def _tokens(given: Any) -> Any:
+    """One token as itself, several as a tuple without repeats, an empty list as None."""
+    ids = given if isinstance(given, list | tuple) else [given]
+    if given is not None and not all(type(token) is int for token in ids):
+        raise ValueError(f"found {given!r:.80}; expected a token or a list of tokens")
+    ids = tuple(dict.fromkeys(ids))
+    return ids if len(ids) > 1 else next(iter(ids), None)
+
+
+StopTokens = Annotated[int | tuple[int, ...] | None, BeforeValidator(_tokens)]
 
 
 class _Architecture(Section):
@@ -85,9 +125,17 @@ class _Architecture(Section):
     num_attention_heads: Size
     intermediate_size: Size
     rope_theta: float = Field(10000.0, gt=1)
+    rope_scaling: RopeScaling | None = None
 
     bos_token_id: int | None = Field(None, strict=True)
-    eos_token_id: int | None = Field(None, strict=True)
+    eos_token_id: StopTokens = None
+    """What ends an answer. Instruction-tuned models name several, each of which does."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer."""
+        eos = self.eos_token_id
+        return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -98,10 +146,16 @@ class _Architecture(Section):
 
     def _problems(self) -> Iterator[tuple[bool, str]]:
         """Every combination that cannot work: whether it is there, and what to say of it."""
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(self, name)
-            outside = token is not None and not 0 <= token < self.vocab_size
+        named = [("eos_token_id", token) for token in self.eos_token_ids]
+        named += [] if self.bos_token_id is None else [("bos_token_id", self.bos_token_id)]
+        for name, token in named:
+            outside = not 0 <= token < self.vocab_size
             yield outside, f"{name}={token} is outside vocab_size={self.vocab_size}"
+        count = len(self.eos_token_ids)
+        yield (
+            count > MAX_EOS_TOKENS,
+            f"eos_token_id names {count} tokens, at most {MAX_EOS_TOKENS} are used",
+        )
 
 
 class DeepSeekConfig(_Architecture):
@@ -119,7 +173,6 @@ class DeepSeekConfig(_Architecture):
     qk_nope_head_dim: Size
     qk_rope_head_dim: Size
     v_head_dim: Size
-    rope_scaling: YarnConfig | None = None
 
     first_k_dense_replace: SizeOrZero = 0
     moe_intermediate_size: Size
@@ -223,7 +276,6 @@ class DenseConfig(_Architecture):
     head_dim: Size
     tie_word_embeddings: bool = False
     """Whether logits are read off the embedding; the model then has no head of its own."""
-    rope_scaling: _RopeScaling | None = None
 
     def _problems(self) -> Iterator[tuple[bool, str]]:
         yield from super()._problems()
@@ -237,6 +289,13 @@ class DenseConfig(_Architecture):
             f"num_attention_heads={self.num_attention_heads} do not share "
             f"num_key_value_heads={self.num_key_value_heads} evenly; choose a divisor",
         )
+        if isinstance(yarn := self.rope_scaling, YarnConfig):
+            both = bool(yarn.mscale and yarn.mscale_all_dim)
+            yield (
+                not both and (yarn.mscale, yarn.mscale_all_dim) != (1, 0),
+                "rope_scaling.mscale and mscale_all_dim count only together in this family; give "
+                "both above zero, or attention_factor",
+            )
 
     @property
     def qkv_bias(self) -> bool:

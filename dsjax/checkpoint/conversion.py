@@ -12,13 +12,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from dsjax.checkpoint.export_config import make_config, to_bytes, with_dtype
+from dsjax.checkpoint.export_config import (
+    SCALE_FORMAT,
+    describe,
+    make_config,
+    to_bytes,
+    with_dtype,
+)
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
+from dsjax.checkpoint.quantized import quantization_of
 from dsjax.checkpoint.safetensors import INDEX, SINGLE
-from dsjax.checkpoint.source import RUN, Source, Stored
-from dsjax.checkpoint.streams import Item
+from dsjax.checkpoint.source import Source, Stored
+from dsjax.checkpoint.streams import QUANTIZE, Item
 from dsjax.checkpoint.tables import human
 from dsjax.checkpoint.weights_folder import (
     CONFIG,
@@ -34,6 +42,7 @@ from dsjax.checkpoint.weights_folder import (
     stack_of,
 )
 from dsjax.errors import UserError
+from dsjax.places import ObjectPath
 from dsjax.small_files import MAX_BYTES, parse_json, read_small
 
 HF, DSJAX = "hf", "dsjax"
@@ -113,7 +122,7 @@ def make_plan(source: Source, to: str, dtype: str | None) -> Plan:
     """
     items = [_item(tensor, source, dtype) for tensor in source.parts]
     _check(items, source, stacked=to == DSJAX)
-    carried = _carried(source, dtype, to)
+    carried = _carried(source, items, dtype, to)
     if to == HF:
         jobs, index = _shards(items)
         return Plan(jobs, carried | index, [], {})
@@ -300,23 +309,46 @@ def _jobs(
 # ---------------------------------------------------------------------------------------------
 
 
-def _carried(source: Source, dtype: str | None, to: str) -> dict[str, bytes]:
-    """Tokenizer, templates and settings as they are; config.json says the dtype that is true."""
+def _carried(source: Source, items: list[Item], dtype: str | None, to: str) -> dict[str, bytes]:
+    """Tokenizer, templates and settings as they are; `config.json` too where all of it stays true.
+
+    Without a dtype nothing becomes untrue but a quantization that the weights are not in, and MTP
+    layers that are not there.
+    """
     files = _read_carried(source.carried) | source.made
     config = files.get("config.json")
-    written = None if dtype is None else DTYPE_NAMES[dtype]
-    if config is not None and written is not None:
-        tree = parse_json(config, str(source.carried["config.json"]))
-        files["config.json"] = to_bytes(with_dtype(tree, written))
-    elif config is None and to == HF:
-        held = written or source.stored[source.parts[0].name].dtype
-        if source.kind != RUN and any(e.dtype == FP8 for e in source.stored.values()):
-            held = FP8
+    fp8 = any(item.dtype == FP8 for item in items)
+    if config is not None:
+        found = parse_json(config, str(source.carried["config.json"]))
+        tree = found if dtype is None else with_dtype(found, DTYPE_NAMES[dtype])
+        says_powers = SCALE_FORMAT in quantization_of(found)
+        tree = describe(
+            tree,
+            fp8=fp8,
+            powers_of_two=not says_powers or _are_powers_of_two(items),
+            quantized_here=any(item.step == QUANTIZE for item in items),
+            mtp_layers=source.config.num_nextn_predict_layers,
+        )
+        if tree != found:
+            files["config.json"] = to_bytes(tree)
+    elif to == HF:
+        held = FP8 if fp8 else items[0].dtype  # the embedding's
         files["config.json"] = to_bytes(with_dtype(make_config(source.config), held))
     if to == HF:
         return files
     homes = {name: TOKENIZER if _OF_TOKENIZER.search(name) else RELEASED for name in files}
     return {f"{homes[name]}/{name}": data for name, data in files.items()}
+
+
+def _are_powers_of_two(items: list[Item]) -> bool:
+    """Whether every scale that is carried is one. In a bucket they are too many requests to ask."""
+    for item in items:
+        if item.scales is None or isinstance(item.scales.file, ObjectPath):
+            continue
+        scales = item.scales.read_flat(0, math.prod(item.scales.shape))
+        if (scales.view(np.uint32) & 0x7F_FFFF).any():  # the mantissa
+            return False
+    return True
 
 
 def _read_carried(carried: dict[str, Path]) -> dict[str, bytes]:

@@ -35,8 +35,8 @@ from rich.progress import (
 from dsjax.checkpoint.conversion import DSJAX, DTYPE_NAMES, FORMATS, HF, Job, Plan, make_plan
 from dsjax.checkpoint.journal import Journal
 from dsjax.checkpoint.peft import with_adapter
+from dsjax.checkpoint.safetensors import same_numbers
 from dsjax.checkpoint.source import HUGGING_FACE, Source, open_source
-from dsjax.checkpoint.streams import same_numbers
 from dsjax.checkpoint.tables import human, table
 from dsjax.checkpoint.to_objects import ObjectJournal, check_unused
 from dsjax.checkpoint.writing import (
@@ -97,8 +97,8 @@ def convert(
     if dry_run:
         _show(plan, opened, destination, to)
         return
-    if opened.config != opened.promised:
-        print(f"{source}: holds no MTP weights, though its config promises some", file=sys.stderr)
+    for remark in opened.remarks:
+        print(f"{source}: {remark}", file=sys.stderr)
     begin = time.monotonic()
     write_plan(plan, destination, _identity(opened, plan, to, dtype), verify=verify)
     seconds = time.monotonic() - begin
@@ -261,8 +261,8 @@ def _show(plan: Plan, source: Source, destination: Path, to: str) -> None:
     say: Callable[[str], None] = partial(console.print, markup=False, soft_wrap=True)
     say(f"{source.folder} ({source.kind}, {source.config.model_type})")
     say(f"  to {destination} ({to})")
-    if source.config != source.promised:
-        say("  config.json promises MTP layers, but the files hold none")
+    for remark in source.remarks:
+        say(f"  {remark}")
     count, read, written = Counter[tuple[str, str]](), Counter[Any](), Counter[Any]()
     for item in plan.items:
         key = (item.source.dtype, item.dtype)
@@ -277,7 +277,7 @@ def _show(plan: Plan, source: Source, destination: Path, to: str) -> None:
     rows.add_row("total", "", *total, style="bold")
     console.print(rows)
     scales = sum(1 for item in plan.items if item.scales)
-    say(f"stored tensors, scales included: {len(source.stored):,}, {scales:,} of them scales")
+    say(f"stored tensors, scales included: {len(source.in_files):,}, {scales:,} of them scales")
     files = len(plan.files) + sum(len(job.outputs) for job in plan.jobs) + 1
     say(f"files to write: {files:,}, manifest included")
     threads = threads_for(source.folder, destination)

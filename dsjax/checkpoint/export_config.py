@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dsjax.architecture import DeepSeekConfig, Llama3Config, ModelConfig
+from dsjax.architecture import DeepSeekConfig, ModelConfig, Section, YarnConfig
 from dsjax.checkpoint.families import FP8
+from dsjax.checkpoint.rotary_config import EXTENSIONS
 from dsjax.numerics.fp8_host import BLOCK
 
 ARCHITECTURES = {
@@ -27,17 +28,17 @@ QUANTIZATION = {
 }
 """What DeepSeek's releases say of their FP8."""
 
+SCALE_FORMAT = "scale_fmt"
+"""How V3.1 and later say that scales are powers of two; of V3.1-Terminus some are not."""
+
 _TORCH = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", FP8: "bfloat16"}
 
 
 def make_config(config: ModelConfig) -> dict[str, Any]:
     """The released form of a model's configuration, which `read_config` reads as the same model."""
     tree = config.model_dump(exclude={"embedding_initializer_range"})
-    scaling = config.rope_scaling
-    if scaling is not None:
-        kind = "llama3" if isinstance(scaling, Llama3Config) else "yarn"
-        # By both names: libraries of different years read one or the other.
-        tree["rope_scaling"] = {"type": kind, "rope_type": kind, **scaling.model_dump()}
+    if config.rope_scaling is not None:
+        tree["rope_scaling"] = _rope_scaling(config, config.rope_scaling)
     tree |= {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu"}
     if config.model_type != "qwen2":  # which has no such key, and biases all the same
         tree["attention_bias"] = False
@@ -46,19 +47,70 @@ def make_config(config: ModelConfig) -> dict[str, Any]:
     return tree
 
 
+def _rope_scaling(config: ModelConfig, scaling: Section) -> dict[str, Any]:
+    kind = next(name for name, made in EXTENSIONS.items() if isinstance(scaling, made))
+    settings = scaling.model_dump()
+    if isinstance(scaling, YarnConfig):
+        # Not every reader knows these: they are written where they change something.
+        for key in ("attention_factor", "truncate"):
+            if settings[key] == YarnConfig.model_fields[key].default:
+                del settings[key]
+        if not isinstance(config, DeepSeekConfig) and not scaling.mscale_all_dim:
+            del settings["mscale"], settings["mscale_all_dim"]
+    # By both names: libraries of different years read one or the other.
+    return settings | {"type": kind, "rope_type": kind}
+
+
 def with_dtype(tree: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The same configuration of weights that are stored as `dtype`, a name of safetensors.
 
     FP8 weights compute in bfloat16, and are described by `quantization_config`.
     """
-    tree = dict(tree)
     keys = [key for key in ("torch_dtype", "dtype") if key in tree] or ["torch_dtype"]
-    tree |= dict.fromkeys(keys, _TORCH[dtype])
-    if dtype != FP8:
+    return describe(tree | dict.fromkeys(keys, _TORCH[dtype]), fp8=dtype == FP8)
+
+
+def describe(
+    tree: dict[str, Any],
+    *,
+    fp8: bool,
+    quantized_here: bool = False,
+    powers_of_two: bool = True,
+    mtp_layers: int | None = None,
+) -> dict[str, Any]:
+    """Make true what a configuration says of the weights beside it.
+
+    A description of FP8 in this very form stays as it is, with whatever its maker says of scales
+    (`scale_fmt`) or left-out modules. One of other weights, left behind by another tool or true of
+    the source only, goes.
+
+    Args:
+        tree: what `config.json` holds.
+        fp8: whether there are FP8 weights.
+        quantized_here: whether some of them were made anew: then the old description is of others.
+        powers_of_two: whether every scale is one, as `scale_fmt: ue8m0` says.
+        mtp_layers: how many there are; None leaves what the tree says.
+    """
+    tree = {key: value for key, value in tree.items() if key != "compression_config"}
+    if not fp8:
         tree.pop("quantization_config", None)
-    else:
-        tree.setdefault("quantization_config", QUANTIZATION)
+    elif quantized_here or not _is_own_form(tree.get("quantization_config")):
+        tree["quantization_config"] = QUANTIZATION
+    elif not powers_of_two:
+        own = tree["quantization_config"]
+        tree["quantization_config"] = {k: v for k, v in own.items() if k != SCALE_FORMAT}
+    if mtp_layers is not None and (tree.get("num_nextn_predict_layers") or 0) != mtp_layers:
+        tree["num_nextn_predict_layers"] = mtp_layers
     return tree
+
+
+def _is_own_form(described: Any) -> bool:
+    """Whether this describes e4m3 with a scale for each block of 128 x 128."""
+    return (
+        isinstance(described, dict)
+        and all(described.get(key, value) == value for key, value in QUANTIZATION.items())
+        and {"quant_method", "weight_block_size"} <= described.keys()
+    )
 
 
 def to_bytes(tree: dict[str, Any]) -> bytes:

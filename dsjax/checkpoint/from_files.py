@@ -23,9 +23,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
 from dsjax.checkpoint.from_objects import fetch
-from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.checkpoint.safetensors import DTYPES, same_numbers
 from dsjax.checkpoint.source import Source, Stored, open_source
-from dsjax.checkpoint.streams import check_finite, same_numbers
+from dsjax.checkpoint.streams import check_finite
 from dsjax.errors import UserError
 from dsjax.model.decoder import Decoder, assemble, prepare
 from dsjax.model.fp8 import hold_in_fp8
@@ -47,8 +47,7 @@ CACHE_LINE = 64
 def load_files(folder: str | Path, dtype: Any = None, layout: Layout | None = None) -> Transformer:
     """The model of a Hugging Face folder, of weights that `dsjax convert` wrote, or of a GGUF file.
 
-    A folder whose config promises MTP layers but which holds no tensor of theirs loads without,
-    and says so on stderr.
+    What was passed over, put in or brought to another form is said on stderr, a line each.
 
     Args:
         folder: the folder, or the file.
@@ -100,8 +99,8 @@ def _open(folder: str | Path, dtype: Any, layout: Layout | None) -> _Reading:
     if wanted is not None and wanted not in COMPUTED.values():
         raise UserError(f"dtype={wanted}: models compute in float32 or bfloat16; choose one")
     source = open_source(as_path(folder))
-    if source.config != source.promised:
-        print(f"{folder}: holds no MTP weights; the model is loaded without", file=sys.stderr)
+    for remark in source.remarks:
+        print(f"{folder}: {remark}", file=sys.stderr)
     _check_dtypes(source.parts, source.stored)
     if not isinstance(source.folder, ObjectPath):  # there `fetch` compares what it fetches
         _check_repeats(source.parts, source.stored)

@@ -112,7 +112,9 @@ def fetch(
     for tensor in pieces:
         for begin, end, name in _ranges(tensor, source, rows):
             entry = source.stored[name]
-            assert isinstance(entry, Entry)
+            if not isinstance(entry, Entry):  # brought to another form as it is read
+                found.setdefault(name, Fetched(entry, entry.read()))
+                continue
             if name not in found:
                 found[name] = Fetched(entry, np.empty(entry.shape, DTYPES[entry.dtype]))
             held = found[name].read().reshape(-1).view(np.uint8)

@@ -4,8 +4,8 @@ llama.cpp's format keeps weights under names of its own, mostly quantized, and b
 a model needs: sizes, vocabulary, merges, chat template. All of it is read through the `gguf`
 package, which belongs to the format. To us a weight is the float32 that llama.cpp computes with.
 
-Two things are not as they look: rows of Llama's query and key weights lie permuted, so that
-neighbours are rotated together; and Llama 3.1's rotary extension is a tensor, not a setting.
+Not as it looks: rows of Llama's query and key weights lie permuted, so that neighbours are rotated
+together. Rotary extensions are in `gguf_rotary.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ import numpy as np
 
 from dsjax.architecture import FAMILIES, DenseConfig
 from dsjax.checkpoint.gguf_header import check_header
+from dsjax.checkpoint.gguf_rotary import (
+    ROPE_FACTORS,
+    as_written,
+    check_rope_factors,
+    read_scaling,
+)
 from dsjax.checkpoint.gguf_tokenizer import tokenizer_files
 from dsjax.checkpoint.safetensors import InParts
 from dsjax.config_files import parse_model
@@ -47,15 +53,6 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"
-
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""The one extension that is known in this form: that of Llama 3.1 and its distills."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +107,45 @@ def read_gguf(file: Path) -> tuple[DenseConfig, dict[str, GgufTensor], dict[str,
             something that would be lost.
     """
     reader, fields = _open(file)
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(fields, found.keys(), file)
-    if (factors := found.pop(ROPE_FACTORS, None)) is not None:
-        _check_rope_factors(factors.data, config, file)
+    found = [(file, tensor) for tensor in reader.tensors]
+    for part in _other_parts(file, fields):
+        found += [(part, tensor) for tensor in _open(part)[0].tensors]
+    config = _config(fields, {tensor.name for _, tensor in found}, file)
     stored: dict[str, GgufTensor] = {}
-    for tensor in found.values():
+    for part, tensor in found:
+        if tensor.name == ROPE_FACTORS:
+            check_rope_factors(tensor.data, config, part)
+            continue
         name = _released_name(tensor.name)
         if name in stored:
-            raise UserError(f"{file}: holds {name} twice; the second time as {tensor.name}")
+            raise UserError(f"{part}: holds {name} twice; the second time as {tensor.name}")
         shape = tuple(int(size) for size in reversed(tensor.shape))
         heads = _heads(name, config)
-        stored[name] = GgufTensor(file, shape, heads, tensor.data, tensor.tensor_type)
+        stored[name] = GgufTensor(part, shape, heads, tensor.data, tensor.tensor_type)
     return config, stored, tokenizer_files(fields, file)
+
+
+def _other_parts(file: Path, fields: dict[str, Any]) -> list[Path]:
+    """The other files of a model that llama.cpp's `gguf-split` cut; the first has the settings.
+
+    Raises:
+        UserError: this is not the first of them, or one is missing.
+    """
+    count, number = fields.get("split.count", 1), fields.get("split.no", 0)
+    if not isinstance(count, int) or count < 2:
+        return []
+    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", file.name)
+    if match is None or int(match[2]) != count:
+        raise UserError(
+            f"{file}: part {number} of a model in {count} files (split.count), which must be named "
+            f"NAME-00001-of-{count:05}.gguf; give them their names back"
+        )
+    parts = [file.with_name(f"{match[1]}-{i + 1:05}-of-{match[2]}.gguf") for i in range(count)]
+    if file != parts[0]:
+        raise UserError(f"{file}: part of a model in {count} files; give the first, {parts[0]}")
+    if missing := [part for part in parts if not part.is_file()]:
+        raise UserError(f"{missing[0]}: is missing; the model is in {count} files, fetch them all")
+    return parts[1:]
 
 
 def _open(file: Path) -> tuple[GGUFReader, dict[str, Any]]:
@@ -159,9 +182,14 @@ def _config(fields: dict[str, Any], names: Collection[str], file: Path) -> Dense
             raise UserError(f"{file}: the field '{family}.{name}' is {found}")
         return value
 
-    if (scaling := fields.get(f"{family}.rope.scaling.type", "none")) != "none":
-        raise UserError(f"{file}: rotary extension {scaling!r} is not read from GGUF files")
+    scaling = read_scaling(fields, family, factors=ROPE_FACTORS in names, file=file)
     heads, hidden = field("attention.head_count"), field("embedding_length")
+    head_dim = field("attention.key_length", hidden // max(heads, 1))
+    if (turned := field("rope.dimension_count", head_dim)) != head_dim:
+        raise UserError(
+            f"{file}: {family}.rope.dimension_count={turned}: only whole heads of {head_dim} are "
+            "rotated here"
+        )
     tokens = fields.get("tokenizer.ggml.tokens")
     config = {
         "model_type": family,
@@ -169,37 +197,20 @@ def _config(fields: dict[str, Any], names: Collection[str], file: Path) -> Dense
         "hidden_size": hidden,
         "num_hidden_layers": field("block_count"),
         "max_position_embeddings": field("context_length"),
-        "rms_norm_eps": _as_written(field("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": as_written(field("attention.layer_norm_rms_epsilon")),
         "num_attention_heads": heads,
         "num_key_value_heads": field("attention.head_count_kv", heads),
-        "head_dim": field("attention.key_length", hidden // max(heads, 1)),
-        "rope_theta": _as_written(field("rope.freq_base", 10000.0)),
-        "rope_scaling": LLAMA3 if ROPE_FACTORS in names else None,
+        "head_dim": head_dim,
+        "rope_theta": as_written(field("rope.freq_base", 10000.0)),
+        "rope_scaling": scaling,
         "intermediate_size": field("feed_forward_length"),
         "tie_word_embeddings": "output.weight" not in names,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _ends(fields),
     }
     parsed = parse_model(config, source=str(file))
     assert isinstance(parsed, DenseConfig)  # no other family comes this far
     return parsed
-
-
-def _as_written(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-5, where the file has 9.99999975e-6."""
-    return float(str(np.float32(value)))
-
-
-def _check_rope_factors(factors: np.ndarray, config: DenseConfig, file: Path) -> None:
-    """By how much each pair is slowed down must be what Llama 3.1 does."""
-    pairs = np.arange(config.head_dim // 2)
-    turns = config.rope_theta ** (-2.0 * pairs / config.head_dim) / (2 * np.pi)
-    turns *= LLAMA3["original_max_position_embeddings"]
-    width = LLAMA3["high_freq_factor"] - LLAMA3["low_freq_factor"]
-    kept = np.clip((turns - LLAMA3["low_freq_factor"]) / width, 0, 1)
-    expected = 1 / (kept + (1 - kept) / LLAMA3["factor"])
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise UserError(f"{file}: {ROPE_FACTORS} is another rotary extension than Llama 3.1's")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -215,6 +226,12 @@ def _released_name(name: str) -> str:
         return name
     layer = f"model.layers.{match[1]}." if match[1] else ""
     return f"{layer}{known[match[2]]}.{match[3]}"
+
+
+def _ends(fields: dict[str, Any]) -> list[Any] | None:
+    """What ends an answer: of a text, a turn, and a message that calls a tool."""
+    named = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return [token for token in named if token is not None] or None
 
 
 def _heads(name: str, config: DenseConfig) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsjax.architecture import FAMILIES, Llama3Config, ModelConfig, Section, YarnConfig
+from dsjax.architecture import FAMILIES, ModelConfig
+from dsjax.checkpoint.rotary_config import rotary_settings
 from dsjax.config_files import parse_model
 from dsjax.errors import UserError
 from dsjax.small_files import read_json
@@ -15,9 +16,9 @@ _IMPLIED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "deepseek_v2": {"scoring_func": "softmax"},
     "kimi_k2": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    "llama": {},
+    "llama": {"rope_theta": 10000.0},  # Llama 2's config.json does not have it
     "qwen2": {"attention_bias": True},
-    "qwen3": {},
+    "qwen3": {"head_dim": 128},
 }
 
 # A file may lack these. Everything else must be there: our default for a missing key could be
@@ -31,39 +32,47 @@ _OPTIONAL = {
     "eos_token_id",
 }
 
-_NULL_MEANS: dict[str, Any] = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0}
-
-# Switches that the released models leave alone, with the only value that is built here.
-_FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
-    "use_sliding_window": False,
+_NULL_MEANS: dict[str, Any] = {
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 0,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
 }
-_FIXED_ROPE: dict[str, Any] = {"attention_factor": None, "truncate": True}
-_EXTENSIONS: dict[str, type[Section]] = {"yarn": YarnConfig, "llama3": Llama3Config}
+
+# Switches that the released models leave alone, with the only values that are built here.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True, None),
+}
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The model that a folder's `config.json` describes, of one of the families built here.
 
-    Keys that do not change the model are passed over. Rotary settings are understood in all three
-    spellings of the transformers library: `rope_scaling.type`, `rope_scaling.rope_type`, and
-    `rope_parameters` with `rope_theta` inside.
+    Keys that do not change the model are passed over. Rotary settings are understood in every
+    spelling of the transformers library, see `rotary_config`.
 
     Raises:
         UserError: a key is missing, of the wrong type, or asks for what is not built here.
     """
     file = folder / "config.json"
-    tree = read_json(file)
+    return parse_config(read_json(file), file)
+
+
+def parse_config(tree: dict[str, Any], file: Path) -> ModelConfig:
+    """The same of what was read already; `file` is for messages."""
     family = tree.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{file}: model_type={family!r}; expected one of {', '.join(FAMILIES)}")
     implied = _IMPLIED[family]
-    tree = implied | tree | _rotary(tree, file)
-    _require(_FIXED | {key: implied[key] for key in implied if key in _FIXED}, tree, str(file))
+    tree = implied | tree
+    tree |= rotary_settings(tree, family, str(file))
+    _require(_FIXED | {key: (implied[key],) for key in implied if key in _FIXED}, tree, str(file))
+    _refuse_windows(tree, family, file)
     config = parse_model(_known(tree, family, file), source=str(file))
     if tree.get("tie_word_embeddings", False) != config.tie_word_embeddings:
         raise UserError(f"{file}: tie_word_embeddings=True is not supported for {family}")
@@ -78,6 +87,10 @@ def _known(tree: dict[str, Any], family: str, file: Path) -> dict[str, Any]:
             tree[key] = meaning
     if "head_dim" in fields and tree.get("head_dim") is None:
         tree["head_dim"] = _head_dim(tree, file)
+    if family == "llama":  # Llama 1's config.json does not have it
+        tree.setdefault("num_key_value_heads", None)
+    if "num_key_value_heads" in tree and tree["num_key_value_heads"] is None:
+        tree["num_key_value_heads"] = tree.get("num_attention_heads")
     if missing := [key for key in fields if key not in tree.keys() | _OPTIONAL]:
         raise UserError(f"{file}: the key {missing[0]!r} is missing")
     return {key: value for key, value in tree.items() if key in fields}
@@ -94,27 +107,26 @@ def _head_dim(tree: dict[str, Any], file: Path) -> int:
     return hidden // heads
 
 
-def _rotary(tree: dict[str, Any], file: Path) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` as ours have them, from any of the spellings."""
-    rope = tree.get("rope_scaling") or tree.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{file}: rotary settings are {rope!r}; expected an object or null")
-    theta = rope.get("rope_theta", tree.get("rope_theta"))
-    if theta is None:
-        raise UserError(f"{file}: the key 'rope_theta' is missing")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    if not isinstance(kind, str) or kind not in _EXTENSIONS:
+def _refuse_windows(tree: dict[str, Any], family: str, file: Path) -> None:
+    """Refuse Qwen's layers that attend within a window; no release of these families has any."""
+    if family not in ("qwen2", "qwen3"):
+        return
+    kinds, layers = tree.get("layer_types"), tree.get("num_hidden_layers")
+    if kinds is not None:
+        windowed = not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    elif tree.get("use_sliding_window") and tree.get("sliding_window") is not None:
+        first = tree.get("max_window_layers", 28)
+        windowed = not (isinstance(first, int) and isinstance(layers, int) and first >= layers)
+    else:
+        windowed = False
+    if windowed:
         raise UserError(
-            f"{file}: rotary settings of type {kind!r}; expected default, {', '.join(_EXTENSIONS)}"
+            f"{file}: attention within a sliding window (use_sliding_window, layer_types) is not "
+            "supported; only full attention is"
         )
-    _require(_FIXED_ROPE, rope, f"{file}: rotary settings")
-    scaling = {key: rope[key] for key in _EXTENSIONS[kind].model_fields if key in rope}
-    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _require(fixed: dict[str, Any], tree: dict[str, Any], source: str) -> None:
-    for key, value in fixed.items():
-        if tree.get(key, value) != value:
-            raise UserError(f"{source}: {key}={tree[key]!r}; only {value!r} is supported")
+def _require(fixed: dict[str, tuple[Any, ...]], tree: dict[str, Any], source: str) -> None:
+    for key, values in fixed.items():
+        if tree.get(key, values[0]) not in values:
+            raise UserError(f"{source}: {key}={tree[key]!r}; only {values[0]!r} is supported")

@@ -69,11 +69,12 @@ def report(source: str, *, allow_pickle: bool = False) -> dict[str, Any]:
         UserError: it cannot be read, or the folder's tensors are not those of its config.
     """
     path = as_path(source)
+    remarks: tuple[str, ...] = ()
     absent = isinstance(path, ObjectPath) and not path.exists()
     if absent or path.is_dir() or path.suffix == ".gguf":
         opened = open_source(path, check=False, allow_pickle=allow_pickle)
         promised, config = opened.promised, opened.config
-        parts, stored = opened.parts, opened.stored
+        parts, stored, remarks = opened.parts, opened.in_files, opened.remarks
     else:
         promised = config = _read_config(path)
         parts, stored = list(tensors(config)), {}
@@ -88,6 +89,7 @@ def report(source: str, *, allow_pickle: bool = False) -> dict[str, Any]:
         "parameters": _count(parts, config),
         "bytes": _bytes(parts),
         "stored": _stored(stored) if stored else None,
+        "remarks": list(remarks),
     }
 
 
@@ -183,13 +185,13 @@ def _stored(stored: Mapping[str, Stored]) -> dict[str, Any]:
 def _show(found: dict[str, Any]) -> None:
     """Tables; frames and colours only where a terminal shows them."""
     console = Console(highlight=False)
-    counts, layers, stored = found["parameters"], found["mtp_layers"], found["stored"]
+    counts, stored = found["parameters"], found["stored"]
     console.print(f"{found['source']}: {found['family']}", markup=False, soft_wrap=True)
     if checked := found.get("verified"):
         size = human(checked["bytes"])
         console.print(f"verified: {checked['files']:,} files, {size}, as in {MANIFEST}")
-    if layers["found"] < layers["config"]:
-        console.print("config.json promises MTP layers, but the files hold none")
+    for remark in found["remarks"]:
+        console.print(remark, markup=False, soft_wrap=True)
 
     console.print()
     kinds = table(console, "parameters", "main model", "MTP")

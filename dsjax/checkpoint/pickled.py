@@ -19,7 +19,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.safetensors import DTYPES, INDEX, SINGLE, Entry, read_shards
 from dsjax.errors import UserError, one_line
 from dsjax.small_files import MAX_BYTES, open_file
@@ -65,24 +64,15 @@ def refuse_pickles(file: Path) -> UserError:
     )
 
 
-def read_pickles(file: Path, config: ModelConfig) -> dict[str, Entry]:
+def read_pickles(file: Path) -> dict[str, Entry]:
     """Every tensor of a pickle, or of those that an index names.
-
-    Two kinds that safetensors folders do not have are left out: a head that is the embedding's own
-    memory, in a model that ties them; and the frequencies of rotary embeddings, which older
-    libraries saved, and which config.json says.
 
     Raises:
         UserError: torch is missing; a file is damaged, is no pickle of tensors alone, or asks for
             code; the index and the files disagree.
     """
     several = file.name == PICKLE_INDEX
-    stored = read_shards(file.parent, file.name, read_pickle) if several else read_pickle(file)
-    if config.tie_word_embeddings and stored.get("lm_head.weight") == stored.get(
-        "model.embed_tokens.weight"
-    ):
-        stored.pop("lm_head.weight", None)
-    return {n: entry for n, entry in stored.items() if not n.endswith(".rotary_emb.inv_freq")}
+    return read_shards(file.parent, file.name, read_pickle) if several else read_pickle(file)
 
 
 def read_pickle(file: Path) -> dict[str, Entry]:

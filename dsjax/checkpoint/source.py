@@ -10,17 +10,21 @@ from typing import Protocol
 import numpy as np
 
 from dsjax.architecture import ModelConfig
-from dsjax.checkpoint.families import Tensor, match, without_absent_mtp
-from dsjax.checkpoint.hf_config import read_config
+from dsjax.checkpoint.families import Tensor, match, tensors, without_absent_mtp
+from dsjax.checkpoint.hf_config import parse_config, read_config
 from dsjax.checkpoint.manifest import MANIFEST
 from dsjax.checkpoint.overridden import differences
 from dsjax.checkpoint.pickled import PICKLE_INDEX, find_pickles, read_pickles, refuse_pickles
+from dsjax.checkpoint.quantized import check_format, quantization_of, with_block_scales
+from dsjax.checkpoint.released import as_expected
+from dsjax.checkpoint.rotary_config import rotary_remark
 from dsjax.checkpoint.safetensors import INDEX, read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
 from dsjax.config_sft import TuningConfig
 from dsjax.errors import UserError, hub_hint
-from dsjax.places import as_path, local_path
+from dsjax.places import ObjectPath, as_path, local_path
+from dsjax.small_files import read_json
 
 RUN = "a run"
 DSJAX = "dsjax weights"
@@ -29,6 +33,8 @@ GGUF = "a GGUF file"
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _NOT_CARRIED = {"manifest.json", INDEX, PICKLE_INDEX}
+_OF_QUANTIZATION = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
+"""Of modelopt, GPTQ and AWQ: what is written is in none of these, and readers go by the names."""
 
 
 class Stored(Protocol):
@@ -79,6 +85,15 @@ class Source:
     """The same of what the source has in another form."""
     adapters: tuple[Path, ...] = ()
     """Where adapters came from that are merged into the weights."""
+    remarks: tuple[str, ...] = ()
+    """Lines about what was passed over, put in or brought to another form."""
+    headers: Mapping[str, Stored] | None = None
+    """The tensors as the files have them, where `stored` has them in another form."""
+
+    @property
+    def in_files(self) -> Mapping[str, Stored]:
+        """The tensors as the files have them."""
+        return self.stored if self.headers is None else self.headers
 
 
 def kind_of(folder: Path) -> str:
@@ -144,28 +159,60 @@ def open_source(folder: Path, *, check: bool = True, allow_pickle: bool = False)
         return _open_gguf(folder)
     if kind == RUN and (run := run_with_adapters(folder)) is not None:
         return _open_adapted(folder, run, check=check)
+    if kind == HUGGING_FACE:
+        return _open_released(folder, check=check, allow_pickle=allow_pickle)
     promised = read_folder_config(folder)
     stored: Mapping[str, Stored]
     if kind == RUN:
         from dsjax.checkpoint.run_weights import read_run
 
         stored = read_run(folder, promised, check=check)
-    elif kind == DSJAX:
-        stored = read_weights(folder, promised)
-    elif (pickles := find_pickles(folder)) is not None:
-        if not allow_pickle:
-            raise refuse_pickles(pickles)
-        local_path(folder, "a folder of pickles")
-        stored = read_pickles(pickles, promised)
     else:
-        stored = read_folder(folder)
+        stored = read_weights(folder, promised)
     config = without_absent_mtp(promised, stored)
     parts = match(config, stored, folder)
     if kind == DSJAX:
         _check_released(folder / RELEASED, config, stored)
-    homes = [folder] if kind == HUGGING_FACE else [folder / TOKENIZER, folder / RELEASED]
+    homes = [folder / TOKENIZER, folder / RELEASED]
     carried = {name: file for home in homes for name, file in carried_files(home).items()}
     return Source(folder, kind, promised, config, stored, parts, carried)
+
+
+def _open_released(folder: Path, *, check: bool, allow_pickle: bool) -> Source:
+    """A Hugging Face folder, its tensors brought to the names and forms of `families.py`."""
+    file = folder / "config.json"
+    tree = read_json(file)
+    promised = parse_config(tree, file)
+    headers: Mapping[str, Stored]
+    if (pickles := find_pickles(folder)) is not None:
+        if not allow_pickle:
+            raise refuse_pickles(pickles)
+        local_path(folder, "a folder of pickles")
+        headers = read_pickles(pickles)
+    else:
+        headers = read_folder(folder)
+    config = without_absent_mtp(promised, headers)
+    expected, quantization = list(tensors(config)), quantization_of(tree)
+    without = ["config.json promises MTP layers, but the files hold none"]
+    compare = check and not isinstance(folder, ObjectPath)
+    stored, remarks = as_expected(config, expected, headers, compare=compare)
+    stored, more = with_block_scales(expected, stored, quantization)
+    remarks += more + check_format(expected, stored, quantization, folder)
+    remarks = without * (config != promised) + remarks
+    if (remark := rotary_remark(tree, str(file))) is not None:
+        remarks.append(remark)
+    parts = match(config, stored, folder)
+    return Source(
+        folder,
+        HUGGING_FACE,
+        promised,
+        config,
+        stored,
+        parts,
+        carried_files(folder),
+        remarks=tuple(remarks),
+        headers=headers,
+    )
 
 
 def run_with_adapters(folder: Path) -> TuningConfig | None:
@@ -227,6 +274,6 @@ def carried_files(home: Path) -> dict[str, Path]:
         for file in sorted(files)
         if file.is_file()
         and file.suffix not in _WEIGHT_SUFFIXES
-        and file.name not in _NOT_CARRIED
+        and file.name not in _NOT_CARRIED | _OF_QUANTIZATION
         and not file.name.startswith(".")
     }

@@ -104,18 +104,6 @@ def slabs(item: Item) -> Iterator[Slab]:
         yield True, _scales(item)
 
 
-def same_numbers(one: Stored, other: Stored) -> bool:
-    """Whether two tensors are equal bit by bit."""
-    if one is other:
-        return True
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return all(
-        one.read_flat(begin, end).tobytes() == other.read_flat(begin, end).tobytes()
-        for begin, end in _ranges(math.prod(one.shape), SLAB)
-    )
-
-
 def check_finite(part: np.ndarray, dtype: str, where: str, remedy: str) -> None:
     """Refuse NaN and infinity.
 

@@ -190,7 +190,7 @@ class Engine:
         finish = None
         for number, token in enumerate(new):
             if token in params.stop_tokens or (
-                token == self.config.eos_token_id and not params.ignore_eos
+                token in self.config.eos_token_ids and not params.ignore_eos
             ):
                 finish, new = "stop", new[: number + 1]
             elif sequence.made + number + 1 == params.max_tokens:

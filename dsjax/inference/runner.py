@@ -106,7 +106,7 @@ class Runner:
         """Tell the sampler who has this row now."""
         params, row = sequence.request.sampling, sequence.group * self.rows + sequence.row
         with self._device():
-            arrays = row_params(params, self.config.eos_token_id)
+            arrays = row_params(params, self.config.eos_token_ids)
             self._sampler = _set_row(self._sampler, row, arrays)
             if params.repetition_penalty != 1:
                 for begin in range(0, len(sequence.request.tokens), MARKED_AT_ONCE):
@@ -135,7 +135,7 @@ class Runner:
             nothing, no_counts = (
                 np.zeros(n, np.int32) for n in (MARKED_AT_ONCE, self.config.vocab_size)
             )
-            self._sampler = _set_row(self._sampler, 0, row_params(_ANYTHING, None))
+            self._sampler = _set_row(self._sampler, 0, row_params(_ANYTHING, ()))
             self._sampler = _mark_prompt(self._sampler, 0, nothing, 0)
             self._sampler = _set_progress(self._sampler, 0, 0, no_counts)
         progress(len(plans), len(plans))

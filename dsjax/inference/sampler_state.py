@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from dsjax.architecture import MAX_EOS_TOKENS
 from dsjax.inference.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams
 
 NO_TOKEN = 2**31 - 1
@@ -53,8 +54,8 @@ class RowParams(NamedTuple):
     min_tokens: Int[HostOrDevice, "*R"]
     bias_ids: Int[HostOrDevice, "*R 300"]
     bias_values: Float[HostOrDevice, "*R 300"]
-    stop_ids: Int[HostOrDevice, "*R 17"]
-    """eos is among them, unless the request ignores it."""
+    stop_ids: Int[HostOrDevice, "*R 24"]
+    """The model's eos are among them, unless the request ignores it."""
 
 
 class SamplerState(NamedTuple):
@@ -70,7 +71,7 @@ class SamplerState(NamedTuple):
     @classmethod
     def empty(cls, rows: int, vocab: int) -> SamplerState:
         """Rows without a request: greedy, and nothing seen."""
-        neutral = row_params(SamplingParams(max_tokens=1), eos=None)
+        neutral = row_params(SamplingParams(max_tokens=1), eos=())
         return cls(
             jax.tree.map(lambda one: jnp.broadcast_to(one, (rows, *one.shape)), neutral),
             made=jnp.zeros(rows, jnp.int32),
@@ -79,16 +80,14 @@ class SamplerState(NamedTuple):
         )
 
 
-def row_params(sampling: SamplingParams, eos: int | None) -> RowParams:
+def row_params(sampling: SamplingParams, eos: tuple[int, ...]) -> RowParams:
     """A request's settings as the arrays of one row, on the host.
 
     Args:
         sampling: already within its ranges. Ids that no vocabulary has are left out.
-        eos: the model's own stop token, if it has one.
+        eos: the model's own stop tokens.
     """
-    stops = (
-        sampling.stop_tokens if eos is None or sampling.ignore_eos else (eos, *sampling.stop_tokens)
-    )
+    stops = dict.fromkeys([*(() if sampling.ignore_eos else eos), *sampling.stop_tokens])
     values = np.zeros(MAX_LOGIT_BIAS, np.float32)
     values[: len(sampling.logit_bias)] = list(sampling.logit_bias.values())
     temperature = max(sampling.temperature, COLDEST) if sampling.temperature else 0.0
@@ -104,7 +103,7 @@ def row_params(sampling: SamplingParams, eos: int | None) -> RowParams:
         min_tokens=np.array(min(sampling.min_tokens, LARGEST_INT), np.int32),
         bias_ids=_padded(sampling.logit_bias, MAX_LOGIT_BIAS),
         bias_values=values,
-        stop_ids=_padded(stops, MAX_STOP_TOKENS + 1),
+        stop_ids=_padded(stops, MAX_STOP_TOKENS + MAX_EOS_TOKENS),
     )
 
 

@@ -1,8 +1,13 @@
-"""Rotary position embedding with its extensions: YaRN, and Llama 3.1's.
+"""Rotary position embedding with its extensions: linear, YaRN, and Llama 3.1's.
 
-RoPE: arXiv:2104.09864. YaRN: arXiv:2309.00071. DeepSeek-V3 (arXiv:2412.19437) section 4.3 extends
-the context with it: only the rotary halves of queries and keys are concerned. Llama 3.1's is told
-in the code that came with it: arXiv:2407.21783 names only its base.
+RoPE: arXiv:2104.09864. Linear: arXiv:2306.15595. YaRN: arXiv:2309.00071. DeepSeek-V3
+(arXiv:2412.19437) section 4.3 extends the context with YaRN: only the rotary halves of queries and
+keys are concerned. Llama 3.1's extension is defined by the code that came with it: arXiv:2407.21783
+names only its base.
+
+Families differ in what YaRN's mscales do. In all of them their ratio multiplies cos and sin; in
+DeepSeek's attention mscale_all_dim also sharpens the softmax. `tests/parity/test_rotary.py`
+compares every setting with transformers, and lists where DeepSeek's own code is followed instead.
 """
 
 from __future__ import annotations
@@ -13,7 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsjax.architecture import Llama3Config, ModelConfig, YarnConfig
+from dsjax.architecture import (
+    DeepSeekConfig,
+    LinearConfig,
+    Llama3Config,
+    ModelConfig,
+    YarnConfig,
+)
 
 RotaryTable = tuple[Float[Array, "B S P"], Float[Array, "B S P"]]
 """cos and sin of every position's angles, one for each of the P pairs that turn."""
@@ -32,6 +43,8 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     frequencies = (np.float32(1.0) / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     if scaling is None:
         return frequencies
+    if isinstance(scaling, LinearConfig):
+        return frequencies / np.float32(scaling.factor)
     if isinstance(scaling, YarnConfig):
         ramp = _yarn_ramp(dim, config.rope_theta, scaling)
     else:
@@ -46,8 +59,10 @@ def _yarn_ramp(dim: int, theta: float, yarn: YarnConfig) -> np.ndarray:
         length = yarn.original_max_position_embeddings
         return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_with(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_with(yarn.beta_slow)), dim - 1)
+    low, high = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 0.001
     pairs = np.arange(dim // 2, dtype=np.float32)
     return np.clip((pairs - low) / width, 0, 1).astype(np.float32)
@@ -66,17 +81,23 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def rotary_amplitude(config: ModelConfig) -> float:
-    """Factor on cos and sin: 1 where both mscales agree, as in every released DeepSeek."""
+    """Factor on cos and sin under YaRN: 1 where both mscales agree, as in every released DeepSeek.
+
+    Differs from transformers in one case: DeepSeek's mscale without mscale_all_dim counts, as in
+    DeepSeek's code; transformers takes 1 for it, as the other families do.
+    """
     yarn = config.rope_scaling
     if not isinstance(yarn, YarnConfig):
         return 1.0
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
     return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """(width of a head)^-0.5, times m squared under YaRN (m from mscale_all_dim)."""
+    """(width of a head)^-0.5; DeepSeek's times m squared under YaRN (m from mscale_all_dim)."""
     scale, yarn = config.qk_head_dim**-0.5, config.rope_scaling
-    if isinstance(yarn, YarnConfig):
+    if isinstance(config, DeepSeekConfig) and isinstance(yarn, YarnConfig):
         scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
     return scale
 

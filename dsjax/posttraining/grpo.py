@@ -118,7 +118,7 @@ def _language(config: GrpoRunConfig) -> Language:
     else:
         language = read_language(where)
     check_vocabulary(language.tokenizer, config.model.vocab_size, where)
-    if language.tokenizer.eos_id != config.model.eos_token_id:
+    if language.tokenizer.eos_id not in config.model.eos_token_ids:
         raise UserError(
             f"{where}: the tokenizer's eos is {language.tokenizer.eos_id}, the model's "
             f"eos_token_id {config.model.eos_token_id}; answers would not end where they should"

@@ -258,7 +258,10 @@ TENSORS = kinds(
             "1 unknown",
             header(renamed(UP, UP.replace("layers.0", "layers.00"))),
         ),
-        "half an MTP layer": ("missing", header(renamed(COPY, "other"))),
+        "half an MTP layer": (
+            "missing",
+            header(renamed(COPY.replace("head.head", "head.norm"), "other")),
+        ),
     },
 )
 

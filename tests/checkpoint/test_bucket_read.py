@@ -4,11 +4,13 @@ import json
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from released_folders import BLOCKS, tree_of, write_released
+from released_folders import BLOCKS, tree_of, weights_of, write_released
 
 import dsjax
 from dsjax.checkpoint.convert import convert
@@ -58,6 +60,30 @@ def test_loading_from_a_bucket_equals_loading_from_a_disk(
     for name in ("hf", "dsjax"):
         address = store.put_folder(name, tmp_path / name)
         assert_equal(dsjax.load(address, mesh=mesh), dsjax.load(tmp_path / name, mesh=mesh))
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["a scale a block", "a scale a row"])
+def test_other_makers_folders_are_loaded_from_a_bucket(
+    store: ObjectStore, tmp_path: Path, rows: bool
+) -> None:
+    """Scales in bfloat16, or for each row; rotary frequencies stored, MTP's copies not."""
+    weights = {
+        name: weight.astype(ml_dtypes.bfloat16) if name.endswith("_scale_inv") else weight
+        for name, weight in weights_of(BLOCKS, "F8_E4M3").items()
+        if not name.endswith(("3.embed_tokens.weight", "shared_head.head.weight"))
+    }
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    if rows:
+        for name in [n for n in weights if n.endswith("_scale_inv")]:
+            count = len(weights[name.removesuffix("_scale_inv")])
+            weights[name] = np.linspace(0.5, 1, count, dtype=np.float32)[:, None]
+    keys: dict[str, Any] = {"quantization_config": {"quant_method": "fp8"}} if rows else {}
+    write_released(tmp_path / "hf", BLOCKS, "F8_E4M3", weights=weights, **keys)
+    address, mesh = store.put_folder("hf", tmp_path / "hf"), make_mesh({"fsdp": 2, "expert": 4})
+    assert_equal(dsjax.load(address, mesh=mesh), dsjax.load(tmp_path / "hf", mesh=mesh))
+    convert(as_path(address), tmp_path / "out", to="hf")
+    convert(tmp_path / "hf", tmp_path / "same", to="hf")
+    assert tree_of(tmp_path / "out") == tree_of(tmp_path / "same")
 
 
 def test_loading_fetches_each_byte_of_the_weights_once(store: ObjectStore, tmp_path: Path) -> None:

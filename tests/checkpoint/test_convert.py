@@ -130,10 +130,12 @@ def test_a_folder_without_mtp_tensors_stays_without(tmp_path: Path, capsys) -> N
     config = BLOCKS.model_copy(update={"num_nextn_predict_layers": 0})
     weights = write_released(tmp_path / "hf", config, "BF16", num_nextn_predict_layers=1)
     convert(tmp_path / "hf", tmp_path / "ours")
-    said = f"{tmp_path}/hf: holds no MTP weights, though its config promises some\n"
+    said = f"{tmp_path}/hf: config.json promises MTP layers, but the files hold none\n"
     assert capsys.readouterr().err == said
     convert(tmp_path / "ours", tmp_path / "back")
     assert_same(tmp_path / "back", weights)
+    found = json.loads((tmp_path / "back/config.json").read_text())
+    assert found["num_nextn_predict_layers"] == 0  # what is there, not what was promised
 
 
 @pytest.mark.parametrize("dtype", ["BF16", FP8])

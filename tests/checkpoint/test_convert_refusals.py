@@ -144,8 +144,8 @@ def _no_scale(weights: Weights) -> None:
     weights[NORM] = weights[NORM].astype(weights[UP].dtype)
 
 
-def _half_scale(weights: Weights) -> None:
-    weights[f"{UP}_scale_inv"] = weights[f"{UP}_scale_inv"].astype(np.float16)
+def _integer_scale(weights: Weights) -> None:
+    weights[f"{UP}_scale_inv"] = np.ones(weights[f"{UP}_scale_inv"].shape, np.int32)
 
 
 def _integers(weights: Weights) -> None:
@@ -171,7 +171,7 @@ def _other_repeat(weights: Weights) -> None:
     ("spoil", "found"),
     [
         (_no_scale, f"{NORM} is F8_E4M3 and has no scales"),
-        (_half_scale, f"the scales of {UP} are F16, not F32"),
+        (_integer_scale, f"the scales of {UP} are I32, not F32"),
         (_integers, f"{NORM} is I32, expected one of BF16, F16, F32, F8_E4M3"),
         (_missing, "2 missing"),
         (_two_ways, "choose one by --dtype"),
@@ -190,7 +190,7 @@ def test_tensors_that_are_not_the_models(
 
 def test_all_problems_are_told_at_once(tmp_path: Path, capsys) -> None:
     weights = weights_of(BLOCKS, "F8_E4M3")
-    for spoil in (_no_scale, _half_scale, _two_ways):
+    for spoil in (_no_scale, _integer_scale, _two_ways):
         spoil(weights)
     write_released(tmp_path / "hf", BLOCKS, "F8_E4M3", weights=weights)
     said = refused(capsys, tmp_path / "hf", tmp_path / "out")

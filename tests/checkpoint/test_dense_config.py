@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dsjax.architecture import DenseConfig, Llama3Config, YarnConfig
+from dsjax.checkpoint.export_config import make_config
 from dsjax.checkpoint.families import tensors
 from dsjax.checkpoint.hf_config import read_config
-from dsjax.config_files import load_model_config
+from dsjax.config_files import load_model_config, parse_model
 from dsjax.errors import UserError
 
 # DeepSeek-R1-Distill-Qwen-7B's.
@@ -130,6 +132,41 @@ def test_heads_share_the_hidden_size_where_nothing_else_is_said(read: Read) -> N
     assert read(LLAMA | {"head_dim": 64}).head_dim == 64
 
 
+def test_what_transformers_reads_as_the_default_is_the_default(read: Read) -> None:
+    """Nulls, empty objects, other names of the same thing, and keys that Llama 1 and 2 lack."""
+    expected = read(LLAMA | {"rope_scaling": None, "rope_theta": 10000.0})
+    for rope in ({}, {"rope_type": "default"}, {"type": "default"}, {"rope_type": None}):
+        assert read(LLAMA | {"rope_scaling": rope, "rope_theta": 10000.0}) == expected
+    old = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "num_key_value_heads")}
+    assert read(old | {"rope_scaling": None}) == read(
+        LLAMA | {"rope_scaling": None, "rope_theta": 10000.0, "num_key_value_heads": 32}
+    )
+    for change in (
+        {"num_key_value_heads": None, "num_attention_heads": 8},
+        {"tie_word_embeddings": None},
+        {"hidden_act": "swish"},
+        {"pad_token_id": None},
+    ):
+        plain = LLAMA | {"num_attention_heads": change.get("num_attention_heads", 32)}
+        assert read(LLAMA | change) == read(plain)
+    full = {"use_sliding_window": True, "max_window_layers": 28}  # of 28 layers: none is windowed
+    assert read(QWEN2 | full) == read(QWEN2)
+    assert read(QWEN3 | {"layer_types": ["full_attention"] * 36}) == read(QWEN3)
+
+
+def test_every_token_of_a_list_is_an_end(read: Read) -> None:
+    """As Llama 3.1's, 3.2's and 3.3's Instruct have it."""
+    several = read(LLAMA | {"eos_token_id": [128001, 128008, 128009, 128008]})
+    assert several.eos_token_id == several.eos_token_ids == (128001, 128008, 128009)
+    one, none = read(LLAMA | {"eos_token_id": [128001]}), read(LLAMA | {"eos_token_id": []})
+    assert (one.eos_token_id, one.eos_token_ids) == (128001, (128001,))
+    assert (none.eos_token_id, none.eos_token_ids) == (None, ())
+    tree = json.loads(json.dumps(make_config(several)))
+    assert tree["eos_token_id"] == [128001, 128008, 128009]
+    assert read(tree) == several
+    assert parse_model(yaml.safe_load(yaml.safe_dump(several.model_dump())), "here") == several
+
+
 def test_a_tied_model_has_no_head_of_its_own(read: Read) -> None:
     apart, tied = (
         {tensor.name for tensor in tensors(read(LLAMA | {"tie_word_embeddings": tied}))}
@@ -141,7 +178,8 @@ def test_a_tied_model_has_no_head_of_its_own(read: Read) -> None:
 @pytest.mark.parametrize(
     ("tree", "change", "says"),
     [
-        (QWEN2, {"use_sliding_window": True}, "use_sliding_window=True; only False is supported"),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 14}, "sliding window"),
+        (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         (QWEN2, {"num_key_value_heads": 3}, "num_attention_heads=28 do not share"),
         (QWEN2, {"num_attention_heads": 27}, "does not divide by num_attention_heads=27"),
         (LLAMA, {"attention_bias": True}, "attention_bias=True; only False is supported"),
@@ -151,7 +189,11 @@ def test_a_tied_model_has_no_head_of_its_own(read: Read) -> None:
         (LLAMA, {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "is not below"),
         (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "is missing"),
         (LLAMA, {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "of type 'dynamic'"),
-        (LLAMA, {"num_key_value_heads": None}, "num_key_value_heads=None"),
+        (LLAMA, {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "of type 'longrope'"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; only whole heads"),
+        (LLAMA, {"rope_scaling": {"type": "linear"}}, "'rope_scaling.factor' is missing"),
+        (LLAMA, {"eos_token_id": [1, "2"]}, "eos_token_id: found [1, '2']; expected a token"),
+        (LLAMA, {"eos_token_id": list(range(9))}, "eos_token_id names 9 tokens, at most 8"),
         (QWEN3, {"eos_token_id": 151936}, "eos_token_id=151936 is outside vocab_size=151936"),
     ],
 )

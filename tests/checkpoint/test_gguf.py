@@ -18,10 +18,10 @@ from dsjax import load, load_tokenizer
 from dsjax.architecture import DenseConfig, Llama3Config
 from dsjax.checkpoint import streams
 from dsjax.checkpoint.convert import convert
-from dsjax.checkpoint.gguf import LLAMA3
+from dsjax.checkpoint.gguf_rotary import LLAMA3
 from dsjax.checkpoint.inspect import report
 from dsjax.checkpoint.safetensors import read_folder
-from dsjax.checkpoint.source import read_folder_config
+from dsjax.checkpoint.source import open_source, read_folder_config
 from dsjax.errors import UserError
 from dsjax.model.layers import variables
 
@@ -74,7 +74,7 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 def write(file: Path, config: DenseConfig, kind: Kind = Kind.F32, **changes: Any) -> dict[str, Any]:
     """The file, and the weights that are in it, by released names; `changes` are fields."""
     family = config.model_type
-    writer = gguf.GGUFWriter(file, family)
+    writer = gguf.GGUFWriter(file, family, split_max_tensors=changes.pop("split", 0))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -91,10 +91,10 @@ def write(file: Path, config: DenseConfig, kind: Kind = Kind.F32, **changes: Any
     writer.add_token_merges(MERGES)
     if config.bos_token_id is not None:
         writer.add_bos_token_id(config.bos_token_id)
-        writer.add_eos_token_id(config.eos_token_id)
+        writer.add_eos_token_id(config.eos_token_ids[0])
     writer.add_chat_template("{{ messages }}")
     for name, value in changes.items():
-        writer.add_string(name.replace("__", "."), value)
+        writer.add_key_value(name.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
     weights = random_weights(config)
     for name, weight in weights.items():
         stored = Kind.F32 if weight.ndim == 1 or weight.shape[-1] % 32 else kind
@@ -199,6 +199,74 @@ def test_text_is_cut_as_the_family_cuts_it(tmp_path: Path, pre: str, pieces: lis
     assert [piece.replace("Ċ", "\n") for piece in cut] == pieces
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32, "beta_slow": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"scale_linear": 4.0}, LINEAR),
+        ({"scaling__factor": 4.0}, LINEAR),
+        ({"scaling__type": "linear", "scaling__factor": 4.0}, LINEAR),
+        ({"scaling__type": "linear"}, None),
+        ({"scaling__factor": 0.0, "scale_linear": 1.0}, None),
+        ({"scaling__type": "none", "scaling__factor": 4.0}, None),
+        ({"scaling__type": "yarn", "scaling__factor": 4.0}, YARN),
+        (
+            {
+                "scaling__type": "yarn",
+                "scaling__factor": 4.0,
+                "scaling__original_context_length": 32,
+                "scaling__yarn_beta_fast": 16.0,
+                "scaling__yarn_ext_factor": 1.0,
+                "scaling__yarn_log_multiplier": 0.0,
+            },
+            YARN | {"original_max_position_embeddings": 32, "beta_fast": 16},
+        ),
+        (
+            {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__attn_factor": 0.5},
+            YARN | {"attention_factor": 0.5 * (0.1 * np.log(4) + 1)},
+        ),
+    ],
+)
+def test_a_rotary_extension_is_what_llama_cpp_makes_of_it(
+    tmp_path: Path, settings: dict[str, Any], expected: dict[str, Any] | None
+) -> None:
+    """Without a type a factor is linear, by either of its names."""
+    config = CONFIGS["llama"]
+    changes: dict[str, Any] = {f"llama__rope__{n}": value for n, value in settings.items()}
+    write(tmp_path / "model.gguf", config, **changes)
+    tree = config.model_dump() | {"rope_scaling": expected}
+    assert open_source(tmp_path / "model.gguf").config == DenseConfig.model_validate(tree)
+
+
+def test_every_end_that_a_file_names_is_one(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", CONFIGS["llama"], tokenizer__ggml__eot_token_id=7)
+    convert(tmp_path / "model.gguf", tmp_path / "out")
+    assert load(tmp_path / "out").config.eos_token_ids == (1, 7)
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [1, 7]
+
+
+def test_a_model_in_several_files_is_read_from_the_first(tmp_path: Path) -> None:
+    config = CONFIGS["llama"]
+    weights = write(tmp_path / "model.gguf", config, Kind.Q8_0, split=8)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts] == [f"model-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    expected = dict(variables(place(config, weights)))
+    for path, variable in variables(load(parts[0])):
+        assert (variable[...] == expected[path][...]).all(), path
+    with pytest.raises(UserError, match=r"model in 3 files; give the first, .*00001-of-00003"):
+        open_source(parts[1])
+    (tmp_path / "moved.gguf").write_bytes(parts[0].read_bytes())
+    with pytest.raises(UserError, match=r"must be named NAME-00001-of-00003\.gguf"):
+        open_source(tmp_path / "moved.gguf")
+    parts[2].unlink()
+    with pytest.raises(UserError, match=r"00003-of-00003\.gguf: is missing; the model is in 3"):
+        open_source(parts[0])
+
+
 def refusal(tmp_path: Path, out: str = "out") -> str:
     with pytest.raises(UserError) as error:
         convert(tmp_path / "model.gguf", tmp_path / out)
@@ -209,13 +277,20 @@ def refusal(tmp_path: Path, out: str = "out") -> str:
 
 def test_what_would_be_lost_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.gguf"
-    for changes, says in (
+    kinds: tuple[tuple[dict[str, Any], str], ...] = (
         ({"pre": "unheard-of"}, "cuts text like 'unheard-of'"),
         ({"model": "llama"}, "model 'llama'"),
-        ({"llama__rope__scaling__type": "yarn"}, "rotary extension 'yarn'"),
-    ):
+        ({"llama__rope__scaling__type": "longrope"}, "llama.rope.scaling.type='longrope'"),
+        ({"llama__rope__scaling__attn_factor": 0.5}, "llama.rope.scaling.attn_factor=0.5"),
+        ({"llama__rope__scaling__yarn_log_multiplier": 0.5}, "yarn_log_multiplier=0.5"),
+        ({"llama__rope__scaling__factor": "four"}, "llama.rope.scaling.factor='four'"),
+        ({"llama__rope__dimension_count": 4}, "rope.dimension_count=4: only whole heads of 8"),
+    )
+    for changes, says in kinds:
         write(file, CONFIGS["llama"], **changes)
         assert says in refusal(tmp_path)
+    write(file, CONFIGS["llama3"], llama__rope__scale_linear=4.0)
+    assert "has both rope_freqs.weight and rope.scaling.type 'linear'" in refusal(tmp_path)
     write(file, CONFIGS["llama3"].model_copy(update={"rope_theta": 5e4}))
     monkeypatch.setitem(LLAMA3, "factor", 4.0)
     assert "another rotary extension" in refusal(tmp_path)

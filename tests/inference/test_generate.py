@@ -40,11 +40,13 @@ def test_a_row_does_not_depend_on_its_neighbours(model, greedy):
 
 def test_it_stops_at_eos_and_keeps_it(model, greedy):
     token = greedy[2][4]
-    stopping = Transformer(
-        model.config.model_copy(update={"eos_token_id": token}), jax.random.key(0)
-    )
-    [made] = generate(stopping, [PROMPTS[2]], max_new_tokens=12)
-    assert made == greedy[2][: greedy[2].index(token) + 1]
+    unseen = next(t for t in range(90) if t not in greedy[2])
+    for eos in (token, (unseen, token)):  # any of several ends it
+        stopping = Transformer(
+            model.config.model_copy(update={"eos_token_id": eos}), jax.random.key(0)
+        )
+        [made] = generate(stopping, [PROMPTS[2]], max_new_tokens=12)
+        assert made == greedy[2][: greedy[2].index(token) + 1]
 
 
 def test_sampling_repeats_with_its_seed_and_keeps_within_the_vocabulary(model):

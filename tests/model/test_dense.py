@@ -60,23 +60,26 @@ class Dense:
             y = y.reshape(len(x), -1, c.head_dim)
             if c.model_type == "qwen3" and name != "v":
                 y = self.norm(f"{layer}self_attn.{name}_norm", y)
-            heads.append(self.rotated(y) if name != "v" else y)
+            heads.append(self.rotated(y) * self.amplitude() if name != "v" else y)
         q, k, v = heads
         out = np.zeros_like(q)
         for head in range(c.num_attention_heads):
             shared = head // (c.num_attention_heads // c.num_key_value_heads)
-            scores = q[:, head] @ k[:, shared].T * self.scale()
+            scores = q[:, head] @ k[:, shared].T * self.config.head_dim**-0.5
             scores[np.triu_indices(len(x), 1)] = -np.inf
             chances = np.exp(scores - scores.max(-1, keepdims=True))
             out[:, head] = chances / chances.sum(-1, keepdims=True) @ v[:, shared]
         return out.reshape(len(x), -1) @ w[layer + "self_attn.o_proj.weight"].T
 
-    def scale(self) -> float:
+    def amplitude(self) -> float:
+        """Of cos and sin. YaRN leaves the softmax alone: only DeepSeek's attention sharpens it."""
         yarn = self.config.rope_scaling
-        m = 1.0
-        if isinstance(yarn, YarnConfig):
-            m = 0.1 * yarn.mscale_all_dim * np.log(yarn.factor) + 1
-        return self.config.head_dim**-0.5 * m**2
+        if not isinstance(yarn, YarnConfig):
+            return 1.0
+        wide, all_dim = (
+            0.1 * m * np.log(yarn.factor) + 1 for m in (yarn.mscale, yarn.mscale_all_dim)
+        )
+        return wide / all_dim
 
     def rotated(self, x: np.ndarray) -> np.ndarray:
         """As complex numbers whose real parts are a head's first half."""
@@ -109,7 +112,7 @@ class Dense:
             high = min(np.ceil(place(scaling.beta_slow)), c.head_dim - 1)
             ramp = np.clip((pair - low) / max(high - low, 0.001), 0, 1)
             return speed / scaling.factor * ramp + speed * (1 - ramp)
-        return speed
+        return speed if scaling is None else speed / scaling.factor
 
 
 @pytest.fixture(scope="module", params=DENSE_CONFIGS)

@@ -125,7 +125,7 @@ def test_transformers_folders_load_without_mtp_and_say_so(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert load_files(folder).mtp is None
-    assert "holds no MTP weights; the model is loaded without" in capsys.readouterr().err
+    assert "config.json promises MTP layers, but the files hold none" in capsys.readouterr().err
 
 
 def _off(found: Any, expected: Any) -> float:

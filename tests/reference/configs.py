@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsjax.architecture import DeepSeekConfig, DenseConfig, Llama3Config, YarnConfig
+from dsjax.architecture import DeepSeekConfig, DenseConfig, LinearConfig, Llama3Config, YarnConfig
 
 YARN = YarnConfig(
     factor=4.0,
@@ -102,5 +102,14 @@ DENSE_CONFIGS: dict[str, DenseConfig] = {
         **DENSE,
     ),
     "qwen2": DenseConfig(model_type="qwen2", **DENSE),
-    "qwen3_yarn": DenseConfig(model_type="qwen3", rope_scaling=YARN, **DENSE),
+    "qwen3_yarn": DenseConfig(
+        model_type="qwen3",
+        rope_scaling=YARN.model_copy(update={"mscale_all_dim": 0.5}),
+        **DENSE,
+    ),
+    "llama_linear": DenseConfig(
+        model_type="llama",
+        rope_scaling=LinearConfig(rope_type="linear", factor=4.0),
+        **DENSE,
+    ),
 }
