@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsjax.config_rewards import ChoiceReward, CodeReward, MathReward
-from dsjax.evaluation import answers as readers
 from dsjax.rewards.answer import Answer, final_answer
+from dsjax.rewards.extraction import final_number, final_words
+from dsjax.rewards.letters import final_letter
 from dsjax.rewards.score import Scorer
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -71,9 +72,9 @@ def score(lines: list[Line], workers: int = 2) -> list[Score]:
 def _grade(line: Line, reward: bool) -> bool:
     text = final_answer(line.answer)
     if line.kind == "letters":
-        read = readers.letter(line.example["choices"])
-        return text is not None and read(text) == line.example["answer"]
-    reader = {"integers": readers.number, "decimals": readers.number, "text": readers.word}
+        letter = final_letter(text or "", line.example["choices"])
+        return letter == line.example["answer"]
+    reader = {"integers": final_number, "decimals": final_number, "text": final_words}
     if line.kind not in reader:
         return reward
     gold = reader[line.kind](f"\\boxed{{{line.example['answer']}}}")

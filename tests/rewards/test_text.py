@@ -3,7 +3,8 @@
 import pytest
 
 from dsjax.config_rewards import ChoiceReward, ExactReward, FormatReward, LengthReward
-from dsjax.rewards.answer import Answer, final_answer, python_block
+from dsjax.rewards.answer import Answer, final_answer
+from dsjax.rewards.code_blocks import final_program
 from dsjax.rewards.text import choice, exact, format_, length
 
 
@@ -109,10 +110,10 @@ def test_the_last_python_block_is_the_code():
     fence = "```"
     blocks = [("python", "a"), ("py", "b"), ("", "plain"), ("sh", "c")]
     text = "\n".join(f"{fence}{name}\n{code}\n{fence}" for name, code in blocks)
-    assert python_block(text) == "b\n"
-    assert python_block(f"{fence}\nplain\n{fence}") == "plain\n"
-    assert python_block(f"{fence}python\nnever closed") is None
-    assert python_block("none") is None
+    assert final_program(text) == "b\n"
+    assert final_program(f"{fence}\nplain\n{fence}") == "plain\n"
+    assert final_program(f"{fence}python\nnever closed") == "never closed\n"
+    assert final_program("none") is None
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,6 @@ def test_the_last_python_block_is_the_code():
 )
 def test_no_text_takes_long(text: str):
     """Patterns that try everything twice would take hours."""
-    python_block(text)
+    final_program(text)
     assert choice(ChoiceReward(), answer(text, answer="A", choices="AB")) == 0
     assert format_(FormatReward(), answer(text)) == 0
