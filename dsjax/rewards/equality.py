@@ -41,8 +41,7 @@ def decide(expected: str, found: str) -> bool | None:
     """
     if is_words(expected):
         return words(expected) == words(found)
-    want, unit = _measured(expected)
-    got, other = _measured(found)
+    (want, unit), (got, other) = map(_measured, _pair(expected, found))
     if not got or not _same_unit(unit, other) or _has_more(want, got):
         return False
     if _SPACES.sub("", want) == _SPACES.sub("", got):
@@ -61,7 +60,7 @@ def verify(expected: str, found: str) -> bool:
     """
     import math_verify
 
-    want, got = _measured(expected)[0], _measured(found)[0]
+    want, got = (_measured(value)[0] for value in _pair(expected, found))
     # Its own time limits are off: they need a main thread's signals, and the jail has better ones.
     parsed = math_verify.parse(f"${want}$", parsing_timeout=0)
     if not parsed:
@@ -75,11 +74,21 @@ def verify(expected: str, found: str) -> bool:
 _SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 
 
+def _pair(expected: str, found: str) -> tuple[str, str]:
+    """Two values without what they are assigned to; but two equations are compared whole."""
+    one, other = clean(expected), clean(found)
+    if "=" in one and "=" in other:
+        return one, other
+    if "=" not in one or _ASSIGNMENTS.fullmatch(one):
+        one = strip_assignment(one)
+    return one, strip_assignment(other)
+
+
 def _measured(value: str) -> tuple[str, Unit | None]:
-    core, unit = split_unit(unwrap_text(strip_assignment(clean(value))))
+    core, unit = split_unit(unwrap_text(value))
     if unit or number(core) is not None:
         return core, unit
-    return _as_list(strip_assignment(clean(value))), None  # \text may belong to a formula
+    return _as_list(value), None  # \text may belong to a formula
 
 
 def _as_list(value: str) -> str:
@@ -100,6 +109,7 @@ def _same_unit(expected: Unit | None, found: Unit | None) -> bool:
 
 
 _ASSIGNMENTS = re.compile(r"(?:\s*\\?\w{1,9}\s*=[^=,]+(?:,|$))+")
+_BASE = re.compile(r"\d_\{?(\d+)\}?$")
 _TELLING = (":", "?", "...", "…", r"\ldots", r"\dots", r"\cdots", "!", "|")
 
 
@@ -109,6 +119,9 @@ def _has_more(expected: str, found: str) -> bool:
         found if "=" in found else expected
     ):
         return True  # an equation is no value: "x + 1 = 0" is not 0
+    bases = [match[1] for match in map(_BASE.search, (expected, found)) if match]
+    if len(set(bases)) > 1:
+        return True
     grouped = found.startswith("(") and "," in expected and expected[0] not in "([{\\"
     return grouped or any(sign in found and sign not in expected for sign in _TELLING)
 

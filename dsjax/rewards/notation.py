@@ -137,8 +137,7 @@ def unwrap_text(value: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 _ASSIGNED = re.compile(
-    r"^(?!\\pi)\\?[a-zA-Z]{1,7}(?:_\{?\w{1,5}\}?)?(?:\([a-zA-Z0-9, ]{1,9}\))?\s*"
-    r"(?:=|\\approx|\\in(?![a-zA-Z])|:)\s*"
+    r"^(?!\\pi)\\?[a-zA-Z]{1,7}(?:_\{?\w{1,5}\}?)?\s*(?:\\approx|\\in(?![a-zA-Z])|:)\s*"
 )
 _NUMBER = re.compile(
     r"""(?x) (?P<sign>[+-]?)\s?
@@ -252,14 +251,20 @@ def numeric(value: str) -> Fraction | None:
 def strip_assignment(value: str) -> str:
     """Drop "x =" before a value, and what an exact value is said to be approximately.
 
-    >>> strip_assignment("x = 7"), strip_assignment(r"\\pi \\approx 3.14")
-    ('7', '\\\\pi')
+    >>> strip_assignment("x = 7"), strip_assignment("m + n = 110 + 3 = 113")
+    ('7', '113')
+    >>> strip_assignment("x + 1 = 5"), strip_assignment(r"\\pi \\approx 3.14")
+    ('x + 1 = 5', '\\\\pi')
     """
-    assigned = _ASSIGNED.match(value)
-    if assigned and "=" not in value[assigned.end() :] and "," not in value[assigned.end() :]:
+    sides = value.split("=")
+    if len(sides) > 1 and "," not in value and sides[-1].strip():
+        named = _NAMED.sub("", sides[0]) == ""
+        if all(map(_CALCULATED.fullmatch, sides[named:-1])):
+            value = sides[-1].strip()
+    elif assigned := _ASSIGNED.match(value):
         value = value[assigned.end() :]
-    exact, approximately, _ = value.partition(r"\approx")
-    return exact.strip() if approximately and exact.strip() else value
+    exact, approximately, rest = value.partition(r"\approx")
+    return (exact.strip() or rest.strip()) if approximately else value
 
 
 # ---------------------------------------------------------------------------------------------
