@@ -215,7 +215,9 @@ def statement(text: str, match: re.Match[str]) -> tuple[int, int]:
     blank = re.compile(r"[\s*_:：]{0,40}").match(text, begin)
     begin = blank.end() if blank else begin
     stop = _SENTENCE_END.search(text, begin, begin + LONGEST)
-    return begin, stop.start() if stop else min(len(text), begin + LONGEST)
+    if stop:
+        return begin, stop.start()
+    return begin, len(text) if len(text) - begin <= LONGEST else begin
 
 
 def stated_context(text: str, match: re.Match[str], end: int) -> Context:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 _PYTHON = frozenset(
     ("python", "python3", "python2", "py", "py3", "pycon", "ipython", "python-repl")
 )
-_FENCE = re.compile(r"(?P<indent>(?:[ \t]|>[ \t]?)*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$")
+_FENCE = re.compile(r"(?P<indent>[ \t>]*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$")
 _ITEM = re.compile(r"[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+(?=`{3}|~{3})")
 _CALLED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\s{0,3}\(")
 _DEFINED = re.compile(
