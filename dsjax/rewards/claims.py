@@ -68,7 +68,7 @@ _NOT_BEFORE = re.compile(
 )
 _MISTAKEN = re.compile(
     r"(?i)\b(?:mistakes?|mistaken(?:ly)?|errors?|erroneous(?:ly)?|wrong(?:ly)?|incorrect(?:ly)?|"
-    r"slip|distractors?|tempt\w+|falsch|incorrecta?|trap|pitfall|"
+    r"slip|distractors?|easy\s+to|tempt\w+|falsch|incorrecta?|trap|pitfall|"
     r"(?:initially|originally|earlier|previously|at\s+first|first)\s+(?:i|we)|"
     r"(?:i|we)\s+(?:had\s+)?(?:first|initially|originally|earlier|previously)|"
     r"(?:first|initial|earlier|previous|naive)\s+(?:guess|attempt|answer|thought|try|result))\b"
@@ -115,6 +115,11 @@ _CORRECTION = re.compile(
 )
 
 
+_RETRACTED = re.compile(
+    r"(?i)\bwait\b[,.:!]|\bcorrection:|\bscratch\s+that\b|\bmy\s+mistake\b|更正"
+)
+
+
 class Context(NamedTuple):
     """The words around a claim, each side at most a few hundred characters."""
 
@@ -133,7 +138,7 @@ def context(text: str, begin: int, end: int) -> Context:
     sentence = before[ends[-1] :] if ends else before
     clauses = _CLAUSE.split(sentence)
     clause = clauses[-1]
-    if not clause.strip(" *_$\"'(") and len(clauses) > 1:  # "the answer is: 5"
+    if re.search(r"[:：][\s*_$\"'(]{0,9}$", sentence) and len(clauses) > 1:  # "the answer is: 5"
         clause = clauses[-2] + " "
     after = text[end : end + 200]
     stop = _SENTENCE_END.search(after)
@@ -177,7 +182,7 @@ _JOINED = re.compile(
 )
 _CHAINED = re.compile(r"\s*(?:=|\\approx|≈|\\equiv)\s*")
 _REMARK = re.compile(
-    r"(?i)\s\(|,?\s(?:because|since|which|where|but|whereas|while|so\s+that|rather\s+than|instead\s+of)\b|"
+    r"(?i)\s\((?!\w\))|,?\s(?:because|since|which|where|but|whereas|while|so\s+that|rather\s+than|instead\s+of)\b|"
     r"(?<=[\d\ue000\ue001%]):\s|,\s(?:not|who|whose|when|the|an?|as|so|i\.e|that\s+is|rounded|and\s+not|denn|weil|car|puisque|porque|ya\s+que)\b|"
     r"\sas\s+(?:required|expected|desired|claimed)|\s[—–]\s|，|（|\s(?:and|but)\s+not\b|,\s+(?:I|we)\b"
 )
@@ -294,8 +299,13 @@ def settle(found: list[Claim], keys: list[str | None]) -> int | None:
 
 
 def standing_claims(text: str, found: list[Claim]) -> list[Claim]:
-    """Drop claims that a correction between them and a later claim takes back."""
+    """Drop claims that a correction between them and a later claim takes back.
+
+    A text that takes its last claim back ("Wait, ...") has none left.
+    """
     kept: list[Claim] = []
+    if found and _RETRACTED.search(text, max(claim.end for claim in found)):
+        return []
     later: Claim | None = None
     for claim in reversed(found):
         if later is not None and is_corrected(text[claim.end : later.end]):

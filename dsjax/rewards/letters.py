@@ -12,18 +12,21 @@ from dsjax.rewards.outline import outline
 _DECORATION = r"[\s(\[{*_$\"'“]{0,6}"
 _OPTION = r"(?i:option|choice|letter|opción|opcion|antwort|réponse|选项)"
 _LEADING = re.compile(
-    rf"^{_DECORATION}(?:(?:(?:the|la|el|die|l['’])\s?)?{_OPTION}\s?{_DECORATION})?([A-Za-z])(?P<end>[)\]}}*_$\"'”]{{0,5}})"
+    rf"^{_DECORATION}(?:(?:(?:the|The|la|el|die|l['’])\s?)?"
+    rf"(?:(?:correct|right|best)\s)?{_OPTION}(?:\s(?:is|must be))?\s?{_DECORATION})?"
+    rf"([A-Za-z])(?P<end>[)\]}}*_$\"'”]{{0,5}})"
     r"(?=(?P<rest>.*))",
     re.DOTALL,
 )
 _CHOSEN = re.compile(
     rf"(?i:\b(?:correct|right|best|true|final)\s+(?:option|choice|statement|letter)\s*(?:is|:)"
-    rf"|\b(?:choos(?:e|ing)|chose|pick(?:ing)?|select(?:ed)?|take|go (?:with|for)|opt for)\b"
+    rf"|\b(?:choos(?:e|ing)|chose|pick(?:ing)?|select(?:ed)?|take|go(?:ing)? (?:with|for))\b"
     rf"(?:\s+(?:option|choice|answer|letter))?"
     rf"|\b(?:left|leaves?(?:\s+us)?|remains?)\s+with\b)\s*{_DECORATION}(?:{_OPTION}\s*)?"
     r"[(\[*_$]{0,4}(?P<after>[A-Z])(?![A-Za-z0-9'’])"
     rf"|(?<![A-Za-z0-9'’])(?:{_OPTION}\s)?[(\[*_]{{0,4}}(?P<before>[A-Z])[)\]*_]{{0,4}}\s+"
-    r"is\s+(?:therefore\s+|thus\s+|clearly\s+|indeed\s+)?(?:the\s+)?(?:only\s+)?(?:correct|right|best|true)\b"
+    r"is\s+(?:therefore\s+|thus\s+|clearly\s+)?(?:the\s+)?(?:only\s+)?"
+    r"(?:correct|right|best|true|answer)\b"
 )
 _LINE = re.compile(
     r"^[ \t]{0,8}(?:[-+>][ \t]{1,3})?[(\[*_]{0,4}([A-Z])(?:[)\].:*_]{1,5}(?=\s|$)|[ \t]{0,9}$)"
@@ -60,9 +63,9 @@ def letter_of(value: str, letters: Collection[str]) -> str | None:
     letter = letter.upper()
     if letter not in letters or _names_another(letter, rest, letters):
         return None
-    if re.match(r"[A-Za-z0-9'’_^=+*/\\<>%-]", rest) and not end:
+    if re.match(r"[A-Za-z0-9'’_^=+*/\\<>%-](?!/)", rest) and not end:
         return None
-    if re.match(r"\s*\?", rest) or re.match(r"\s*(?:=|\\approx|>|<|\+|/)", rest):
+    if re.match(r"\s*\?", rest) or re.match(r"\s*(?:=|\\approx|>|<(?!/)|\+|/)", rest):
         return None
     if not end and re.match(r"\s+[^\W\d_]", rest):  # a word: is the letter one, too?
         following = re.match(
@@ -126,7 +129,9 @@ def _choices(text: str) -> Iterator[Claim]:
         )
         if match["after"] and following:
             value = f"{letter} or {following[1]}"
-        if match["before"] and re.search(r"(?:\bor|\band|,|/)\s{1,3}$", text[: match.start()][-8:]):
+        if match["before"] and re.search(
+            r"(?:\bor|\band|\b[A-Z]\)?,|/)\s{1,3}$", text[: match.start()][-8:]
+        ):
             rejected = True
         yield Claim(match.start(), match.end(), value, 3, rejected, False)
 
