@@ -44,7 +44,7 @@ class BaseReward(Section):
 
 
 class MathReward(BaseReward):
-    """1 where math-verify finds the answer equal to the line's `answer`, else 0."""
+    """1 where the final answer means what the line's `answer` does, else 0."""
 
     needs = ("answer",)
     name: Literal["math"] = "math"
@@ -61,14 +61,14 @@ class ExactReward(BaseReward):
 
 
 class ChoiceReward(BaseReward):
-    """1 where the last letter chosen is the line's `answer`, else 0."""
+    """1 where the letter that the final answer chooses is the line's `answer`, else 0."""
 
     needs = ("answer", "choices")
     name: Literal["choice"] = "choice"
 
 
 class CodeReward(BaseReward):
-    """1 where the answer's last Python block passes all of the line's `tests`, else 0."""
+    """1 where the answer's program passes all of the line's `tests`, else 0."""
 
     needs = ("tests",)
     name: Literal["code"] = "code"

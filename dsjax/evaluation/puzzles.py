@@ -6,11 +6,13 @@ and as a rule the true one obvious. Each has one answer, a number or one of the 
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
-from dsjax.evaluation.answers import number, word
 from dsjax.evaluation.task import Question, Task
 from dsjax.evaluation.tasks_made import is_answer
+from dsjax.rewards.extraction import final_words
+from dsjax.rewards.notation import numeric, spell
 
 
 class Puzzle(NamedTuple):
@@ -195,10 +197,9 @@ def _question(puzzle: Puzzle) -> Question:
 
 
 def _vote(text: str) -> str | None:
-    """A number where the answer has digits, else a word without its article."""
-    found = word(text)
-    if found is None:
-        return None
-    if any(character.isdigit() for character in found):
-        return number(text)
-    return found.removeprefix("the ").removeprefix("his ")
+    """A number where the answer has digits ("door 1"; "50%"), else a word."""
+    found = final_words(text)
+    if found is None or not any(character.isdigit() for character in found):
+        return found
+    value = numeric(re.sub(r"^[a-z]{1,20} (?=\d)", "", found.rstrip("% ")))
+    return None if value is None else spell(value)

@@ -19,7 +19,7 @@ from dsjax.data.records import Row, column, read_rows
 from dsjax.errors import UserError
 from dsjax.evaluation.task import Task
 from dsjax.evaluation.tasks_files import Parsed, make_questions
-from dsjax.rewards.answer import python_block
+from dsjax.rewards.code_blocks import final_program
 
 MAX_TESTS = 2**28
 """Bytes of one problem's private tests, unpacked; the largest have some 100 MB."""
@@ -71,13 +71,13 @@ def humaneval(path: Path | None = None) -> Task:
             )
         path = Path(found.origin).with_name("data") / "HumanEval.jsonl.gz"
     questions = make_questions(path, read_rows(path), _function)
-    return Task("humaneval", questions, "code", python_block, votes=False)
+    return Task("humaneval", questions, "code", final_program, votes=False)
 
 
 def livecodebench(path: Path) -> Task:
     """LiveCodeBench (livecodebench/code_generation_lite, test*.jsonl), public and private tests."""
     questions = make_questions(path, read_rows(path), _problem)
-    return Task("livecodebench", questions, "code", python_block, votes=False)
+    return Task("livecodebench", questions, "code", final_program, votes=False)
 
 
 def _function(row: Row) -> Parsed:

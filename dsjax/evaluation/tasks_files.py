@@ -10,14 +10,16 @@ import random
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsjax.data.records import Row, column, read_rows
 from dsjax.errors import UserError
-from dsjax.evaluation.answers import formula, letter, number
 from dsjax.evaluation.task import BOXED, Question, Task
 from dsjax.evaluation.tasks_made import is_answer
+from dsjax.rewards.extraction import final_formula, final_number
+from dsjax.rewards.letters import final_letter
 
 CHOICE = """\
 Answer the following multiple choice question. The last line of your response should be of the \
@@ -31,12 +33,12 @@ by step before answering.
 
 def math500(path: Path) -> Task:
     """MATH-500 (HuggingFaceH4/MATH-500, test.jsonl): problem, answer, unique_id."""
-    return Task("math500", _questions(path, _problem), "math", formula)
+    return Task("math500", _questions(path, _problem), "math", final_formula)
 
 
 def aime(path: Path) -> Task:
     """A year of AIME, as any of its copies has it: problem or question, answer; id."""
-    return Task("aime", _questions(path, _integer_problem), is_answer, number)
+    return Task("aime", _questions(path, _integer_problem), is_answer, final_number)
 
 
 def gpqa(path: Path) -> Task:
@@ -44,7 +46,7 @@ def gpqa(path: Path) -> Task:
 
     The choices are shuffled, in an order that depends on the question alone.
     """
-    return Task("gpqa", _questions(path, _gpqa), is_answer, letter("ABCD"))
+    return Task("gpqa", _questions(path, _gpqa), is_answer, _letter("ABCD"))
 
 
 def mmlu(path: Path) -> Task:
@@ -53,12 +55,16 @@ def mmlu(path: Path) -> Task:
     The CSV is the original's, without titles (question, four choices, letter), or that of
     simple-evals (Question, A, B, C, D, Answer, Subject).
     """
-    return Task("mmlu", _questions(path, _mmlu), is_answer, letter("ABCD"))
+    return Task("mmlu", _questions(path, _mmlu), is_answer, _letter("ABCD"))
 
 
 def mmlu_pro(path: Path) -> Task:
     """MMLU-Pro (TIGER-Lab/MMLU-Pro): question, options (at most ten), answer, question_id."""
-    return Task("mmlu-pro", _questions(path, _mmlu_pro), is_answer, letter("ABCDEFGHIJ"))
+    return Task("mmlu-pro", _questions(path, _mmlu_pro), is_answer, _letter("ABCDEFGHIJ"))
+
+
+def _letter(letters: str) -> Callable[[str], str | None]:
+    return partial(final_letter, letters=letters)
 
 
 _AIME_ANSWER = re.compile(r"(\d{1,3})(?:\.0)?(?:\^\{?\\circ\}?|°)?")

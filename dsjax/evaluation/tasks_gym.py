@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dsjax.errors import UserError
-from dsjax.evaluation.answers import number, word
 from dsjax.evaluation.task import BOXED, Check, Question, Task
 from dsjax.evaluation.tasks_made import COUNT, expression, is_answer, reaches_target
+from dsjax.rewards.extraction import final_number, final_words
 
 SEED = 20250120
 """Of all its data sets here: the day on which R1 came out."""
@@ -21,16 +21,16 @@ SEED = 20250120
 Vote = Callable[[str], str | None]
 
 GYM: dict[str, tuple[Vote, Check]] = {
-    "base_conversion": (word, is_answer),
-    "calendar_arithmetic": (word, is_answer),
+    "base_conversion": (final_words, is_answer),
+    "calendar_arithmetic": (final_words, is_answer),
     "countdown": (expression, reaches_target),
-    "course_schedule": (word, is_answer),
-    "family_relationships": (word, is_answer),
-    "leg_counting": (number, is_answer),
-    "maze": (number, is_answer),
-    "rotten_oranges": (number, is_answer),
-    "spiral_matrix": (word, is_answer),
-    "syllogism": (word, is_answer),
+    "course_schedule": (final_words, is_answer),
+    "family_relationships": (final_words, is_answer),
+    "leg_counting": (final_number, is_answer),
+    "maze": (final_number, is_answer),
+    "rotten_oranges": (final_number, is_answer),
+    "spiral_matrix": (final_words, is_answer),
+    "syllogism": (final_words, is_answer),
 }
 """Its name, how the final answer is read, and what is right."""
 

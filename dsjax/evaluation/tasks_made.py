@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from dsjax.evaluation.answers import final, number, word
 from dsjax.evaluation.task import BOXED, Question, Task
+from dsjax.rewards.extraction import final_number, final_value, final_words
+from dsjax.rewards.notation import clean
 
 COUNT = 100
 """Questions of a made task."""
@@ -49,7 +50,7 @@ def arithmetic(level: str) -> Task:
         )
         for place, text in enumerate(texts)
     )
-    return Task(f"arithmetic-{level}", questions, is_answer, number)
+    return Task(f"arithmetic-{level}", questions, is_answer, final_number)
 
 
 def _easy(rng: random.Random) -> str:
@@ -118,11 +119,17 @@ def expression(text: str) -> str | None:
     >>> expression("\\\\boxed{(3 + 4) \\\\times 5 = 35}")
     '(3+4)*5'
     """
-    found = final(text)
+    found = final_value(text)
     if found is None:
         return None
-    for spelling, sign in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("×", "*"),
-                           ("÷", "/"), ("−", "-"), ("\\left", ""), ("\\right", "")):  # fmt: skip
+    found = clean(found)
+    for spelling, sign in (
+        ("\\times", "*"),
+        ("\\cdot", "*"),
+        ("\\div", "/"),
+        ("{", "("),
+        ("}", ")"),
+    ):
         found = found.replace(spelling, sign)
     return "".join(found.partition("=")[0].split()) or None
 
@@ -198,7 +205,7 @@ def letters() -> Task:
         )
         for each, which in pairs
     )
-    return Task("letters", questions, is_answer, number)
+    return Task("letters", questions, is_answer, final_number)
 
 
 def backwards() -> Task:
@@ -207,4 +214,4 @@ def backwards() -> Task:
         Question(each, f'Spell the word "{each}" backwards. {BOXED}', {"answer": each[::-1]})
         for each in WORDS
     )
-    return Task("backwards", questions, is_answer, word)
+    return Task("backwards", questions, is_answer, final_words)

@@ -36,21 +36,3 @@ def final_answer(answer: Answer) -> str | None:
         return None
     marked = content.rpartition("</answer>")[0].rpartition("<answer>")
     return (marked[2] if marked[1] else content).strip()
-
-
-def python_block(text: str) -> str | None:
-    """The last fenced block that is called Python, or else the last that is called nothing."""
-    found: dict[bool, str] = {}
-    block: list[str] = []
-    name: str | None = None  # of the block that is open
-    for line in text.splitlines(keepends=True):
-        fence = line.lstrip().startswith("```")
-        if fence and name is None:
-            name, block = line.strip().lstrip("`").strip().lower(), []
-        elif fence:
-            if name in ("python", "python3", "py", ""):
-                found[bool(name)] = "".join(block)
-            name = None
-        else:
-            block.append(line)
-    return found.get(True, found.get(False))

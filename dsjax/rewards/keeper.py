@@ -116,17 +116,16 @@ def _tests() -> tuple[Callable[..., Work], View]:
 
 
 _WARMING = (
-    ("1/2", r"The answer is \boxed{\frac{2}{4}}."),
-    ("1234", "The answer is 1,234."),
-    ("x^2+2x+1", r"$\boxed{(x+1)^2}$"),
-    (r"\{1,2\}", r"\boxed{\{2,1\}}"),
-    (r"(-\infty,0)\cup(1,2]", r"\boxed{(1,2]\cup(-\infty,0)}"),
-    (r"\frac{\sqrt{3}}{2}", r"\boxed{\sin(\pi/3)}"),
-    (r"\sin(2x)", r"\boxed{2\sin x\cos x}"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}"),
-    (r"\log_2 8", r"\boxed{3}"),
-    ("x=1,y=2", r"\boxed{(1,2)}"),
-    ("3+4i", r"\boxed{x < 3}"),
+    (r"\frac{1}{2}x", r"\frac{2}{4} x"),
+    ("x^2+2x+1", "(x+1)^2"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    (r"(-\infty,0)\cup(1,2]", r"(1,2]\cup(-\infty,0)"),
+    (r"\frac{\sqrt{3}}{2}", r"\sin(\pi/3)"),
+    (r"\sin(2x)", r"2\sin x\cos x"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\log_2 8", "3"),
+    ("x=1,y=2", "(1,2)"),
+    ("3+4i", "x < 3"),
 )
 """Of most kinds one: sympy imports and remembers much at the first, and every fork has it then.
 Without these, comparing two polynomials takes ten times as long."""
@@ -137,12 +136,12 @@ def _mathematics() -> tuple[Callable[..., Work], View]:
         raise UserError("it needs the math-verify package: pip install 'dsjax[post]'")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     with contextlib.redirect_stderr(None):
-        for gold, text in _WARMING:
-            inside.compare_mathematics(gold, text, nowhere)
+        for expected, found in _WARMING:
+            inside.compare_mathematics(expected, found, nowhere)
     os.close(nowhere)
 
     def work_of(job: Job) -> Work:
-        return partial(inside.compare_mathematics, job["gold"], job["text"])
+        return partial(inside.compare_mathematics, job["expected"], job["found"])
 
     return work_of, namespaces.installed_packages()
 

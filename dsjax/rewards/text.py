@@ -8,6 +8,7 @@ import string
 from dsjax.config_rewards import ChoiceReward, ExactReward, FormatReward, LengthReward
 from dsjax.data.thinking import CLOSED, OPENED, begins_in_thought, split_thought
 from dsjax.rewards.answer import Answer, final_answer
+from dsjax.rewards.letters import final_letter
 
 
 def exact(_: ExactReward, answer: Answer) -> float:
@@ -15,39 +16,16 @@ def exact(_: ExactReward, answer: Answer) -> float:
     return float(final_answer(answer) == str(answer.example["answer"]).strip())
 
 
-# ---------------------------------------------------------------------------------------------
-# Multiple choice
-# ---------------------------------------------------------------------------------------------
-
-_LETTER = r"[(\[{*_$]{0,4}([A-Z])(?![A-Za-z0-9'’])"
-_SAID = re.compile(
-    r"\\boxed\s{0,3}\{\s{0,3}(?:\\(?:text|textbf|mathrm|mathbf)\s{0,3}\{)?\s{0,3}"
-    + _LETTER
-    + r"|(?i:answer|choice|option)(?i:\s{1,3}is)?\s{0,3}[:=]?[\s*_]{0,6}"
-    + r"(?:(?i:option|choice)\s{1,3})?"
-    + _LETTER
-)
-"""\\boxed{C}; "the answer is (C)", "Answer: **C**", "option C"."""
-
-_ALONE = re.compile(r"^[\s(\[*_]{0,6}([A-Z])(?:[)\].:*_\s]|$)", re.MULTILINE)
-"""A line that begins with a letter alone: "C", "(C)", "C. because"."""
-
-
 def choice(_: ChoiceReward, answer: Answer) -> float:
     """1 where the letter that the answer chooses is the line's `answer`.
 
-    `choices` are the options, or their letters. The last letter counts that is boxed or called
-    the answer; without any, the last that begins a line on its own.
+    `choices` are the options, or their letters.
     """
     text = final_answer(answer)
     letters = string.ascii_uppercase[: len(answer.example["choices"])]
     if text is None:
         return 0.0
-    for pattern in (_SAID, _ALONE):
-        found = ["".join(filter(None, match.groups())) for match in pattern.finditer(text)]
-        if known := [letter for letter in found if letter in letters]:
-            return float(known[-1] == str(answer.example["answer"]).strip().upper())
-    return 0.0
+    return float(final_letter(text, letters) == str(answer.example["answer"]).strip().upper())
 
 
 # ---------------------------------------------------------------------------------------------

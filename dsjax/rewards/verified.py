@@ -8,7 +8,10 @@ from typing import Any
 
 from dsjax.config_rewards import CodeReward, MathReward
 from dsjax.rewards import jail
-from dsjax.rewards.answer import Answer, final_answer, python_block
+from dsjax.rewards.answer import Answer, final_answer
+from dsjax.rewards.code_blocks import final_program, tested_names
+from dsjax.rewards.equality import decide
+from dsjax.rewards.extraction import final_value
 from dsjax.rewards.inside import UNREADABLE
 from dsjax.rewards.jail import Outcome
 from dsjax.rewards.namespaces import Limits
@@ -19,15 +22,19 @@ WRONG, RIGHT = Value(0.0), Value(1.0)
 
 
 def mathematics(config: MathReward, sandbox: Sandbox, answers: Sequence[Answer]) -> list[Value]:
-    """1 where math-verify finds in the final answer what the line's `answer` says."""
+    """1 where the final answer means what the line's `answer` says."""
     limits = Limits(config.seconds, config.memory_bytes)
 
     def one(keepers: dict[str, Keeper], answer: Answer) -> Value:
         text = final_answer(answer)
-        if not text:
+        value = final_value(text) if text else None
+        if not value:
             return WRONG
-        gold = str(answer.example["answer"])
-        outcome = keepers[MATH].do({"gold": gold, "text": text}, limits)
+        expected = str(answer.example["answer"])
+        decided = decide(expected, value)
+        if decided is not None:
+            return RIGHT if decided else WRONG
+        outcome = keepers[MATH].do({"expected": expected, "found": value}, limits)
         if outcome.ended != jail.OK:
             return Value(0.0, outcome.ended)
         if outcome.output == UNREADABLE:
@@ -43,16 +50,18 @@ def mathematics(config: MathReward, sandbox: Sandbox, answers: Sequence[Answer])
 
 
 def code(config: CodeReward, sandbox: Sandbox, answers: Sequence[Answer]) -> list[Value]:
-    """1 where the final answer's last Python block passes all of the line's `tests`."""
+    """1 where the final answer's program passes all of the line's `tests`."""
     limits = Limits(config.seconds, config.memory_bytes)
 
     def one(keepers: dict[str, Keeper], answer: Answer) -> Value:
-        source = python_block(final_answer(answer) or "")
+        tests = answer.example["tests"]
+        asserting = as_assertions(tests)
+        entry_point = answer.example.get("entry_point")
+        names = tested_names(asserting, entry_point) if asserting else frozenset()
+        source = final_program(final_answer(answer) or "", names)
         if source is None:
             return WRONG
-        tests = answer.example["tests"]
-        if asserting := as_assertions(tests):
-            entry_point = answer.example.get("entry_point")
+        if asserting:
             return _judge(run_tests(keepers, source, asserting, entry_point, limits))
         return _run_pairs(keepers[CODE], source, tests, limits)
 

@@ -5,7 +5,10 @@ import random
 import pytest
 
 from dsjax.config_rewards import ChoiceReward, ExactReward, FormatReward, LengthReward
-from dsjax.rewards.answer import Answer, final_answer, python_block
+from dsjax.rewards.answer import Answer, final_answer
+from dsjax.rewards.code_blocks import final_program
+from dsjax.rewards.equality import decide
+from dsjax.rewards.extraction import final_value
 from dsjax.rewards.text import choice, exact, format_, length
 
 PROMPTS = ["Q", "Q<think>\n"]
@@ -129,17 +132,25 @@ def test_the_last_python_block_is_the_code():
     fence = "```"
     blocks = [("python", "a"), ("py", "b"), ("", "plain"), ("sh", "c")]
     text = "\n".join(f"{fence}{name}\n{code}\n{fence}" for name, code in blocks)
-    assert python_block(text) == "b\n"
-    assert python_block(f"{fence}\nplain\n{fence}") == "plain\n"
-    assert python_block(f"{fence}python\nnever closed") is None
-    assert python_block("none") is None
+    assert final_program(text) == "b\n"
+    assert final_program(f"{fence}\nplain\n{fence}") == "plain\n"
+    assert final_program(f"{fence}python\nnever closed") == "never closed\n"
+    assert final_program("none") is None
 
 
-@pytest.mark.parametrize(
-    "text", ["```" + " " * 200_000, "\\boxed{" * 50_000, "answer is " * 50_000]
-)
+HOSTILE = (
+    "```" + " " * 200_000, "\\boxed{" * 50_000, "answer is " * 50_000, "> " * 100_000,
+    "$1 " * 50_000, "> ```\n" * 50_000, "so \\boxed{1} or " * 20_000,
+    "answer is " + "1,111" * 50_000, "answer: " + "5 m " * 50_000, "pick option A or " * 20_000,
+    "\\text{" * 50_000, "A\n" * 100_000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
 def test_no_text_takes_long(text: str):
     """Patterns that try everything twice would take hours."""
-    python_block(text)
-    assert choice(ChoiceReward(), answer(text, answer="A", choices="AB")) == 0
+    final_program(text, ["f"])
+    value = final_value(text)
+    assert value is None or decide("5 cm", value) is not True
+    assert choice(ChoiceReward(), answer(text, answer="B", choices="AB")) == 0
     assert format_(FormatReward(), answer(text)) == 0

@@ -2,14 +2,16 @@
 
 import pytest
 
-from dsjax.evaluation import answers
+from dsjax.rewards.extraction import final_formula, final_number
+from dsjax.rewards.letters import final_letter
 
 
 @pytest.mark.parametrize(
     ("text", "vote"),
     [
         ("It is \\boxed{12}.", "12"),
-        ("\\boxed{1} then \\boxed{2}", "2"),
+        ("Step 1: \\boxed{1}. So the answer is \\boxed{2}.", "2"),
+        ("\\boxed{1} then \\boxed{2}", None),
         ("\\boxed{-7}", "-7"),
         ("\\boxed{x = 7}", "7"),
         ("\\boxed{1{,}234}", "1234"),
@@ -18,15 +20,19 @@ from dsjax.evaluation import answers
         ("\\boxed{007}", "7"),
         ("**Final Answer:** 3 apples", "3"),
         ("The answer is 12.", "12"),
-        ("first 3, then 4", "4"),
+        ("first 3, then 4", None),
+        ("The answer is therefore 42, not 41.", "42"),
+        ("The answer is $\\frac{84}{2} = 42$.", "42"),
+        ("\\boxed{42}. (Twice 42 is 84.)", "42"),
+        ("It is 2 1/2.\n\n#### 2 1/2", "2.5"),
         ("5-3 = 2", "2"),
         ("nothing", None),
         ("\\boxed{nothing}, not 3", None),
-        ("\\boxed{12", "12"),  # cut off in its box: what is there is the last number
+        ("\\boxed{12", None),  # cut off in its box
     ],
 )
 def test_numbers(text, vote):
-    assert answers.number(text) == vote
+    assert final_number(text) == vote
 
 
 @pytest.mark.parametrize(
@@ -36,18 +42,26 @@ def test_numbers(text, vote):
         ("answer: (B)", "B"),
         ("**Answer: B**", "B"),
         ("Answer: B) DNA", "B"),
-        ("Answer: A\nNo. Answer: C", "C"),
+        ("Answer: A\nNo, wait. Answer: C", "C"),
         ("The correct answer is D.", "D"),
         ("\\boxed{\\text{C}}", "C"),
         ("\\boxed{C) 12}", "C"),
         ("DNA", None),
         ("Answer: E", None),
         ("I take B", "B"),
+        ("Answer: The correct option is C", "C"),
+        ("The answer is option (C), 5 m.", "C"),
+        ("Since A, B and D are wrong, C is the answer.", "C"),
+        ("Hence, option (D) is correct.", "D"),
+        ("<b>Answer: B</b>", "B"),
+        ("A or B is the answer.", None),
+        ("Many pick A here.", None),
+        ("Answer: B\n\nWait, actually it is C.", None),
         ("", None),
     ],
 )
 def test_letters(text, vote):
-    assert answers.letter("ABCD")(text) == vote
+    assert final_letter(text, "ABCD") == vote
 
 
 @pytest.mark.parametrize(
@@ -59,10 +73,10 @@ def test_letters(text, vote):
     ],
 )
 def test_a_formula_set_in_another_way_is_the_same_vote(texts):
-    assert len({answers.formula(text) for text in texts}) == 1
+    assert len({final_formula(text) for text in texts}) == 1
 
 
 def test_formulas_that_differ_are_different_votes():
-    found = [answers.formula(f"\\boxed{{{x}}}") for x in ("x+1", "x-1", "(1,2)", "[1,2]", "12")]
+    found = [final_formula(f"\\boxed{{{x}}}") for x in ("x+1", "x-1", "(1,2)", "[1,2]", "12")]
     assert len(set(found)) == 5
-    assert answers.formula("no box") is None
+    assert final_formula("There is neither a box nor anything else that says so.") is None
