@@ -5,7 +5,7 @@ the text itself rejects do not count ("not \\boxed{5}", "a common mistake is \\b
 odd, the answer would be 7"), nor do those before a correction ("Wait, no: ..."). Of the others the
 most explicit count: a final answer before an answer, an answer before a conclusion ("So ..."), a
 conclusion before a mere box. If these differ there is no answer: a reward that took one of them
-would teach a model to hedge.
+would teach a model to hedge. Of mere boxes in several paragraphs the last one counts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 from dsjax.rewards.outline import BOX, LONGEST, Outline
 
+_PARAGRAPH = re.compile(r"\n[ \t]{0,9}\n")
+_BOXED = 1
+"""The strength of a box that no word calls the answer."""
 _MOST_CLAIMS = 200
 """Only the last claims of a text are looked at."""
 
@@ -145,14 +148,17 @@ def context(text: str, begin: int, end: int) -> Context:
     return Context(sentence, clause, after[: stop.end()] if stop else after)
 
 
-def is_rejected(around: Context) -> bool:
-    """Whether the text calls a claim wrong, hypothetical or a mere possibility."""
+def is_rejected(around: Context, *, alternative: bool = False) -> bool:
+    """Whether the text calls a claim wrong, hypothetical or a mere possibility.
+
+    A possibility that is an `alternative` ("or maybe 6") stands: the text then claims both.
+    """
     clause = around.clause
     return bool(
         _NOT_BEFORE.search(clause)
         or _MISTAKEN.search(clause)
         or is_hypothetical(around)
-        or _TENTATIVE.search(clause)
+        or (not alternative and _TENTATIVE.search(clause))
         or _REJECTED_AFTER.search(around.after)
         or re.match(r"(?i)^\W{0,3}(?:if|unless|when|provided)\b", around.after)
         or _BUT_AFTER.search(around.after)
@@ -258,8 +264,8 @@ def _boxed_claims(drawn: Outline) -> Iterator[Claim]:
         around = context(text, begin, end)
         alternative = bool(_ALTERNATIVE.search(around.sentence[-80:]))
         value = value if len(value) <= LONGEST and all(values) else ""
-        yield Claim(begin, end, value, _strength(text, begin, around),
-                    is_rejected(around), alternative)  # fmt: skip
+        rejected = is_rejected(around, alternative=alternative)
+        yield Claim(begin, end, value, _strength(text, begin, around), rejected, alternative)
 
 
 def _strength(text: str, begin: int, around: Context) -> int:
@@ -275,13 +281,14 @@ def _strength(text: str, begin: int, around: Context) -> int:
         return 4
     if re.search(rf"(?i){ANSWER}", said):
         return 3
-    return 2 if _CONCLUSION.search(said) else 1
+    return 2 if _CONCLUSION.search(said) else _BOXED
 
 
-def settle(found: list[Claim], keys: list[str | None]) -> int | None:
+def settle(text: str, found: list[Claim], keys: list[str | None]) -> int | None:
     """Choose among claims: the index of the one that counts, or None where there is no answer.
 
     Args:
+        text: the text that the claims are in.
         found: claims in the text's order.
         keys: what each claims, so that equal answers are equal; None: it claims nothing readable.
     """
@@ -295,7 +302,12 @@ def settle(found: list[Claim], keys: list[str | None]) -> int | None:
         return None
     if found[last].alternative and len(standing) > 1 and len({keys[i] for i in standing}) > 1:
         return None
-    return last if len({keys[i] for i in chosen}) == 1 else None
+    others = [i for i in chosen if keys[i] != keys[last]]
+    if not others:
+        return last
+    # Boxes of earlier paragraphs hold intermediate results, as R1's protocol takes them.
+    between = text[found[others[-1]].end : found[last].begin]
+    return last if strongest == _BOXED and _PARAGRAPH.search(between) else None
 
 
 def standing_claims(text: str, found: list[Claim]) -> list[Claim]:

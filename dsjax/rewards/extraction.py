@@ -32,7 +32,8 @@ def final_value(text: str) -> str | None:
         # Then "to answer this: we need the sum" is no claim.
         found = [claim for claim in found if re.search(r"[\d\\]", claim.value) or
                  drawn.text[claim.begin] == BOX]  # fmt: skip
-    chosen = settle(found, [key(claim.value) if claim.value else None for claim in found])
+    keys = [key(claim.value) if claim.value else None for claim in found]
+    chosen = settle(drawn.text, found, keys)
     return None if chosen is None else found[chosen].value
 
 

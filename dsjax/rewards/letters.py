@@ -111,7 +111,7 @@ def final_letter(text: str, letters: Collection[str]) -> str | None:
         name or (claim.value if _NAMED.search(claim.value) else None)
         for name, claim in zip(named, found, strict=True)
     ]
-    chosen = settle(found, keys)
+    chosen = settle(drawn.text, found, keys)
     return None if chosen is None else named[chosen]
 
 
