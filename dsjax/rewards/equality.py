@@ -60,7 +60,8 @@ def verify(expected: str, found: str) -> bool:
     """
     import math_verify
 
-    want, got = (_measured(value)[0] for value in _pair(expected, found))
+    # math-verify's "2 i" and "2i" are different symbols.
+    want, got = (_FACTOR.sub("", _measured(value)[0]) for value in _pair(expected, found))
     # Its own time limits are off: they need a main thread's signals, and the jail has better ones.
     parsed = math_verify.parse(f"${want}$", parsing_timeout=0)
     if not parsed:
@@ -72,6 +73,7 @@ def verify(expected: str, found: str) -> bool:
 
 
 _SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
+_FACTOR = re.compile(r"(?<=\d)\s+(?=[A-Za-z])")
 
 
 def _pair(expected: str, found: str) -> tuple[str, str]:

@@ -27,6 +27,8 @@ _CHOSEN = re.compile(
     rf"|(?<![A-Za-z0-9'’])(?:{_OPTION}\s)?[(\[*_]{{0,4}}(?P<before>[A-Z])[)\]*_]{{0,4}}\s+"
     r"is\s+(?:therefore\s+|thus\s+|clearly\s+)?(?:the\s+)?(?:only\s+)?"
     r"(?:correct|right|best|true|answer)\b"
+    r"|(?i:\b(?:so|thus|hence|therefore))\s*[,:]?\s*(?:the answer\s+)?"
+    rf"(?:{_OPTION}\s+)?[(\[*_$]{{0,4}}(?P<concluded>[A-Z])[)\]*_$]{{0,4}}(?=[.!]?\s*$)"
 )
 _LINE = re.compile(
     r"^[ \t]{0,8}(?:[-+>][ \t]{1,3})?[(\[*_]{0,4}([A-Z])(?:[)\].:*_]{1,5}(?=\s|$)|[ \t]{0,9}$)"
@@ -118,7 +120,7 @@ def final_letter(text: str, letters: Collection[str]) -> str | None:
 def _choices(text: str) -> Iterator[Claim]:
     """Yield claims such as "I choose option D", "D is correct"."""
     for match in list(_CHOSEN.finditer(text))[-200:]:
-        letter = match["after"] or match["before"]
+        letter = match["after"] or match["before"] or match["concluded"]
         around = context(text, match.start(), match.end())
         inside = re.search(r"(?i)\bnot\b|n['’]t\b", match[0])
         rejected = bool(is_rejected(around) or inside or _OTHERS.search(around.clause))
