@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from dsjax.data.tokenizer_files import (
     WORDS,
     digestible,
     named_token,
+    named_tokens,
     read_backend,
     read_config,
 )
@@ -46,7 +47,14 @@ class Tokenizer:
     `bos_id`, `eos_id` and the three `fim_*_id` are None where the vocabulary has no such token.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos: str | None, eos: str | None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        bos: str | None,
+        eos: str | None,
+        named: Mapping[str, str] | None = None,
+    ):
+        """`named` holds spellings of other special tokens by what they are called: pad_token."""
         # What a file may set, and what would change a document without a word.
         backend.no_truncation()
         backend.no_padding()
@@ -55,6 +63,11 @@ class Tokenizer:
         self._backend = backend
         self.bos_id = _id_of(backend, bos)
         self.eos_id = _id_of(backend, eos)
+        ends = {"bos_token": (bos, self.bos_id), "eos_token": (eos, self.eos_id)}
+        self.named_tokens = dict(named or {}) | {
+            key: name for key, (name, number) in ends.items() if name and number is not None
+        }
+        """What chat templates may call special tokens by, and their spellings."""
         self.fim_begin_id = backend.token_to_id(FIM_BEGIN)
         self.fim_hole_id = backend.token_to_id(FIM_HOLE)
         self.fim_end_id = backend.token_to_id(FIM_END)
@@ -241,7 +254,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise UserError(
                 f"{file.with_name(CONFIG)}: {key} is {name!r}, which {file.name} does not hold"
             )
-    return Tokenizer(backend, names["bos_token"], names["eos_token"])
+    return Tokenizer(backend, names["bos_token"], names["eos_token"], named_tokens(config))
 
 
 def find_tokenizer(path: str | Path) -> Path:

@@ -100,6 +100,12 @@ def named_token(config: dict[str, Any], key: str) -> Any:
     return token.get("content", token) if isinstance(token, dict) else token
 
 
+def named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Spellings of special tokens by their keys, `pad_token` and the like."""
+    named = {key: named_token(config, key) for key in config if key.endswith("_token")}
+    return {key: name for key, name in named.items() if is_text(name)}
+
+
 def _quoted(pattern: str) -> str:
     return json.dumps(pattern)
 
@@ -177,8 +183,7 @@ def _mark_special(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None
     """
     known = _added(backend)
     listed = [item for key in _LISTS for item in _items(config.get(key))]
-    named = [token for key, token in config.items() if key.endswith("_token")]
-    for content in dict.fromkeys(_spellings([*named, *listed])):
+    for content in dict.fromkeys([*named_tokens(config).values(), *listed]):
         found = known.get(content)
         if found is None and backend.token_to_id(content) is None and content not in listed:
             continue
