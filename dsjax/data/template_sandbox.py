@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -50,7 +50,7 @@ class TooMuch(BaseException):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks what the assistant wrote, for training; it renders as its body."""
 
-    tags = frozenset({"generation"})
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: parser.Parser) -> nodes.Node:
         """Read the tag, its body and `{% endgeneration %}`."""
