@@ -18,7 +18,7 @@ from dsjax.data.tiktoken import TIKTOKEN, read_tiktoken
 from dsjax.data.tokenizer_files import (
     CONFIG,
     WORDS,
-    digestible,
+    as_in_file,
     named_token,
     named_tokens,
     read_backend,
@@ -175,7 +175,7 @@ class Tokenizer:
             "eos": self.eos_id,
         }
         canonical = json.dumps(described, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(digestible(canonical).encode()).hexdigest()
+        return hashlib.sha256(as_in_file(canonical).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as `load_tokenizer` reads them.

@@ -26,17 +26,6 @@ SAVED_BEFORE = {"tokenizer_class", "bos_token", "eos_token"}
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
-# The pattern of runs that were saved before it was replaced by the one that `dsjax.data.tokenizer`
-# trains with: the same matches, but `\s*[\r\n]+` tries every pair of line ends of a run.
-_QUADRATIC = (
-    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+(?:[\r\n]+[ \t]*(?=[ \t]))?"
-    r"|\s*[\r\n]+[ \t]*(?=[ \t])"
-    r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
-
 # A word takes one character before it along (a space, a dot, an underscore); punctuation takes the
 # line's end and the next line's indentation along, all but the blank that its first word takes.
 # One `[\r\n]` is enough after `\s*`, which has taken the line ends before it.
@@ -49,6 +38,23 @@ WORDS = (
     r"|\s+"
 )
 """How the tokenizers of our own runs split text, in time linear in its length."""
+
+
+# Patterns that take quadratic time on some runs of white space, and others of the same matches.
+_QUADRATIC = (
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+(?:[\r\n]+[ \t]*(?=[ \t]))?"
+    r"|\s*[\r\n]+[ \t]*(?=[ \t])"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+_LINEAR = {
+    # Of our own runs, until they were trained with WORDS: tries every pair of line ends.
+    _QUADRATIC: WORDS,
+    # Of DeepSeek-LLM, -Coder and -V2: tries every beginning of a run.
+    r"\s+$": r"(?<!\s)\s+$",
+}
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -76,7 +82,9 @@ def read_backend(file: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     Raises:
         UserError: a file is damaged, or gives a token another id than tokenizer.json.
     """
-    data = read_small(file).replace(_quoted(_QUADRATIC).encode(), _quoted(WORDS).encode())
+    data = read_small(file)
+    for pattern, linear in _LINEAR.items():
+        data = data.replace(_quoted(pattern).encode(), _quoted(linear).encode())
     try:
         backend = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # tokenizers raises nothing more precise
@@ -86,12 +94,14 @@ def read_backend(file: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     return backend
 
 
-def digestible(canonical: str) -> str:
-    """A tokenizer's canonical JSON with the pattern that older runs were saved with.
+def as_in_file(canonical: str) -> str:
+    """A tokenizer's JSON with the patterns that `read_backend` replaced.
 
-    A run is resumed only with the tokenizer of its digest.
+    The digest of a tokenizer is that of its file: with another one a run is not resumed.
     """
-    return canonical.replace(_quoted(WORDS), _quoted(_QUADRATIC))
+    for pattern, linear in _LINEAR.items():
+        canonical = canonical.replace(_quoted(linear), _quoted(pattern))
+    return canonical
 
 
 def named_token(config: dict[str, Any], key: str) -> Any:

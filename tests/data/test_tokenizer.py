@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,23 @@ def test_tokenizers_of_older_runs_encode_as_they_did(tokenizer, tmp_path):
             text = "".join(draw.choices(alphabet, k=draw.randrange(25)))
             assert after.encode(text) == before.encode(text).ids, repr(text)
     assert after.encode("\n" * 5_000)  # the older pattern tries too much
+
+
+def test_deepseek_v2s_pattern_for_white_space_is_read_as_a_linear_one(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree["pre_tokenizer"]["pretokenizers"][1]["pattern"]["Regex"] = r"\s+$"
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    before = tokenizers.Tokenizer.from_file(str(file))
+    after = load_tokenizer(tmp_path)
+    draw = random.Random(0)
+    for _ in range(500):
+        text = "".join(draw.choices("\n \t\xa0a1", k=draw.randrange(12)))
+        assert after.encode(text) == before.encode(text).ids, repr(text)
+    begin = time.perf_counter()
+    after.encode(" " * 100_000 + "1")
+    assert time.perf_counter() - begin < 2
 
 
 def test_the_digest_of_older_runs_stays(tokenizer, tmp_path):
