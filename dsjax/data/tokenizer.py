@@ -231,7 +231,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    try:
+        backend.train_from_iterator(texts, trainer)
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:  # a PanicException is no Exception
+        raise UserError(f"the tokenizer cannot be trained: {one_line(error)}") from None
     return Tokenizer(backend, BOS, EOS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,9 +42,9 @@ from dsjax.training.divergence import BadSteps
 from dsjax.training.metrics import MetricsLog
 from dsjax.training.optimizer import learning_rate_at
 from dsjax.training.progress import Display
-from dsjax.training.signals import Termination
+from dsjax.training.signals import Stopped, Termination, leave_soon
 from dsjax.training.step import TrainState, max_violation
-from sharding.distributed import WORK_SECONDS, barrier, fetch
+from sharding.distributed import WORK_SECONDS, barrier, fetch, is_alone
 from sharding.rules import Layout, use_layout
 
 ACTIVITIES = ("sampling", "scoring", "training")
@@ -101,6 +102,7 @@ class GrpoLoop:
         asked = 0 if config.evaluation is None else config.evaluation.prompts
         self._held_out = self.questions.held_out(asked)
         self._stop_asked = 0
+        self._stopped_scoring = False
 
     def run(self) -> None:
         """Rollout after rollout until all steps are taken, a signal arrives, or it has diverged."""
@@ -121,6 +123,8 @@ class GrpoLoop:
             self.exit_code = self.termination.exit_code
         self.save()
         self.store.wait()
+        if self._stopped_scoring and self.exit_code is not None:
+            leave_soon(self.exit_code)  # a verifier may never end
 
     def save(self) -> None:
         """Start saving everything that the next rollout depends on."""
@@ -188,7 +192,13 @@ class GrpoLoop:
         if written is None:
             return None
         drawn = time.monotonic()
-        scores = score_groups(written, records, self.language, self.scorer)
+        try:
+            # Of several processes the others wait for this one's scores, and leave with it.
+            with self.termination.interruptible() if is_alone() else nullcontext():
+                scores = score_groups(written, records, self.language, self.scorer)
+        except Stopped:
+            self._stopped_scoring = True
+            return None
         self._seconds["sampling"] += drawn - begin
         self._seconds["scoring"] += time.monotonic() - drawn
         return written, scores
