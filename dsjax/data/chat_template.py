@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import json
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dsjax.data.template_sandbox import TooMuch, make_environment, run
 from dsjax.data.text import encode_with_added_tokens
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.data.tokenizer_files import CONFIG
 from dsjax.errors import UserError, one_line
 from dsjax.small_files import MAX_JSON_BYTES, read_json_if_there, read_small
-
-MAX_STEPS = 2_000_000
-"""Lines of Python that one rendering may run: some 200 for a message of DeepSeek's template."""
-MAX_CHARACTERS = 2**24
-MAX_PRODUCT = 4096
-"""Bits of a number that a template multiplies, or characters of a text that it repeats."""
 
 THINK_SWITCHES = ("enable_thinking", "thinking")
 """What templates call the variable that switches thoughts: Qwen3's, and DeepSeek-V3.1's."""
 
 _THINK_TAG = re.compile("(</?think>)")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Names under which templates look for the thought of a message."""
 _NOTHING = re.compile("((?!))")
 
 
@@ -47,10 +39,10 @@ class ChatTemplate:
     """The template of one checkpoint, with its tokenizer.
 
     A template is a program that came with weights, and never one that came with a request. It runs
-    as in `transformers`: in jinja's sandbox, with `raise_exception`, `strftime_now`, `tojson` and
-    the loop controls. Its loops and recursions end after `MAX_STEPS`, its output after
-    `MAX_CHARACTERS`. Its memory has no bound: a template that doubles a text thirty times over
-    fills the machine, so weights are served from those whom one trusts not to.
+    as in `transformers`: in jinja's sandbox, with `raise_exception`, `strftime_now`, `tojson`,
+    `{% generation %}` and the loop controls. Its loops and recursions end after `MAX_STEPS`, its
+    output after `MAX_CHARACTERS`. Its memory has no bound: a template can double a text with `~`
+    until it fills the machine, so serve weights only of makers that you trust not to.
 
     Args:
         source: jinja2.
@@ -61,21 +53,11 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, Any]):
-        environment = _Sandbox(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            # The optimizer would compute constants while loading, without any limit.
-            optimized=False,
-            extensions=["jinja2.ext.loopcontrols"],
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         self.source = source
         self._tokenizer = tokenizer
         self._names = dict(names)
         try:
-            self._template = environment.from_string(source)
+            self._template = make_environment().from_string(source)
         except Exception as error:  # a source nested too deeply is a RecursionError
             raise UserError(f"the chat template cannot be read: {_short(error)}") from None
 
@@ -149,19 +131,38 @@ class ChatTemplate:
     @cached_property
     def _begins(self) -> set[str]:
         """Characters with which an added token could begin."""
-        return {spelling[0] for spelling in self._tokenizer.added_tokens if spelling}
+        # White space that is an added token stands for itself, in messages too.
+        return {spelling[0] for spelling in self._tokenizer.added_tokens if spelling.strip()}
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, prompting: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        prompting: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The template's text for `messages`; see `encode` for why this is not yet a prompt.
 
-        Without `prompting` the beginning of an answer is left out.
+        Args:
+            messages: what the template gets, without keys of which the value is None.
+            prompting: whether the beginning of an answer is added.
+            tools: JSON schemas of functions; None, and defined, where there are none.
+            documents: objects with title and text; the same.
+
+        Raises:
+            TemplateError: the template refuses the messages, fails on them or does too much.
         """
         parts = self._template.generate(
-            **self._names, messages=messages, add_generation_prompt=prompting
+            **self._names,
+            messages=[_as_templates_expect(message) for message in messages],
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=prompting,
         )
         try:
-            return _run(parts)
-        except _TooMuch as error:
+            return run(parts)
+        except TooMuch as error:
             raise HarmfulTemplateError(f"the chat template {error}") from None
         except SecurityError as error:
             problem = f"the chat template reaches out of its sandbox: {_short(error)}"
@@ -169,6 +170,15 @@ class ChatTemplate:
         except Exception as error:  # whatever a template does wrong
             problem = f"the chat template does not take these messages: {_short(error)}"
             raise TemplateError(problem) from None
+
+
+def _as_templates_expect(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers gives it: no key is None, and a thought has all of its names."""
+    given = {key: value for key, value in message.items() if value is not None}
+    thought = next((given[key] for key in _THOUGHTS if key in given), None)
+    if thought is None:
+        return given
+    return {"thinking": thought, **given, "reasoning_content": thought}
 
 
 def _stand_ins(begins: set[str], messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -199,84 +209,6 @@ def _outside(spared: re.Pattern[str], text: str, change: Callable[[str], str]) -
     return "".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------
-# The sandbox
-# ---------------------------------------------------------------------------------------------
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which no single operation takes for ever."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
-    ) -> Any:
-        """Multiply and raise, as long as the result stays small."""
-        numbers = isinstance(left, int) and isinstance(right, int)
-        if operator == "**":
-            size = _size(left) * abs(right) if numbers else 1
-        elif numbers:
-            size = _size(left) + _size(right)
-        else:  # a text, so many times
-            size = max(_size(left) * _times(right), _size(right) * _times(left))
-        if size > MAX_PRODUCT:
-            raise _TooMuch(f"does too much: the result of {operator} would be too large")
-        return super().call_binop(context, operator, left, right)
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, int):
-        return value.bit_length()
-    return len(value) if isinstance(value, str | list | tuple) else 1
-
-
-def _times(value: Any) -> int:
-    return value if isinstance(value, int) else 1
-
-
-class _TooMuch(BaseException):
-    """Not an Exception, so that no filter of jinja's takes it for a value's mistake."""
-
-
-def _run(parts: Iterable[str]) -> str:
-    """Join the parts, and stop after so many lines of Python or so many characters.
-
-    A loop that writes nothing gives no chance to look at a clock, and a thread cannot be killed;
-    but an interpreter that is asked to trace this thread tells of every line in it.
-    """
-    steps = characters = 0
-    written: list[str] = []
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
-        nonlocal steps
-        steps += 1
-        if steps > MAX_STEPS:
-            raise _TooMuch("does not come to an end")
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        for part in parts:
-            written.append(part)
-            characters += len(part)
-            if characters > MAX_CHARACTERS:
-                raise _TooMuch(f"writes more than {MAX_CHARACTERS} characters")
-    finally:
-        sys.settrace(before)
-    return "".join(written)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Jinja's own writes < as a code, for web pages."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
 def _short(error: Exception) -> str:
     return one_line(error)[:200] or type(error).__name__
 
@@ -284,24 +216,42 @@ def _short(error: Exception) -> str:
 def read_chat_template(home: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
     """The template in a tokenizer's folder, None where there is none.
 
-    It is chat_template.jinja, chat_template.json, or what tokenizer_config.json has, in this order,
-    as in `transformers`.
+    It is in chat_template.jinja or additional_chat_templates/, in tokenizer_config.json, or in
+    chat_template.json, in this order. Of several it is the one called default, as in
+    `transformers`.
 
     Raises:
-        UserError: it is no template, or one that takes no messages.
+        UserError: it is no template, or one that takes no messages; or none is called default.
     """
-    file = home / "chat_template.jinja"
-    source = _read_text(file) if file.is_file() else None
-    for name in ("chat_template.json", "tokenizer_config.json"):
+    source = _named_files(home)
+    for name in (CONFIG, "chat_template.json"):
         source = source or read_json_if_there(home / name).get("chat_template")
-    if isinstance(source, list):  # several, by name
-        named = (item for item in source if isinstance(item, dict))
-        source = next((i.get("template", i) for i in named if i.get("name") == "default"), None)
+    if isinstance(source, list):
+        items = [item for item in source if isinstance(item, dict)]
+        source = {str(item.get("name")): item.get("template") for item in items}
+    if isinstance(source, dict) and source:
+        if "default" not in source:
+            raise UserError(
+                f"{home}: has the chat templates {', '.join(sorted(source))}, and none called "
+                "default; save the one to be used as chat_template.jinja"
+            )
+        source = source["default"]
+        if source is None:
+            raise UserError(f"{home}: chat_template is no text")
     if not source:
         return None
     if not isinstance(source, str):
         raise UserError(f"{home}: chat_template is no text")
     return make_chat_template(source, tokenizer, home)
+
+
+def _named_files(home: Path) -> dict[str, str]:
+    """Templates that have files of their own, by name."""
+    file = home / "chat_template.jinja"
+    found = {"default": _read_text(file)} if file.is_file() else {}
+    folder = home / "additional_chat_templates"
+    more = sorted(folder.glob("*.jinja")) if folder.is_dir() else []
+    return found | {file.name.removesuffix(".jinja"): _read_text(file) for file in more}
 
 
 def read_template_file(file: Path, tokenizer: Tokenizer) -> ChatTemplate:
@@ -311,10 +261,8 @@ def read_template_file(file: Path, tokenizer: Tokenizer) -> ChatTemplate:
 
 def make_chat_template(source: str, tokenizer: Tokenizer, where: Path) -> ChatTemplate:
     """A template that calls special tokens as released ones do; an error names `where`."""
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    names = {key: "" if i is None else tokenizer.decode([i]) for key, i in ids.items()}
     try:
-        template = ChatTemplate(source, tokenizer, names)
+        template = ChatTemplate(source, tokenizer, tokenizer.named_tokens)
         template.check()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

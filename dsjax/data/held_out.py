@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import lzma
 import math
 import zlib
@@ -14,7 +15,10 @@ from jaxtyping import Bool, Int32
 
 from dsjax.data.packing import best_fit
 from dsjax.data.sources import Corpus
-from dsjax.data.tokenizer import Tokenizer
+from dsjax.data.tokenizer import EncodingError, Tokenizer
+from dsjax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +56,15 @@ def held_out_rows(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) ->
     windows: list[_Window] = []
     num_bytes = 0
     for text in corpus.held_out_texts():
+        try:
+            ids = tokenizer.encode(text)
+        except EncodingError as error:
+            logger.warning("left out: a document that begins with %r: %s", text[:40], error)
+            continue
         num_bytes += len(text.encode())
-        windows += _windows(tokenizer.document(tokenizer.encode(text)), sequence_length)
+        windows += _windows(tokenizer.document(ids), sequence_length)
+    if not windows:
+        raise UserError("none of the held-out documents can be encoded; use another tokenizer")
     rows = best_fit([len(window.ids) for window in windows], sequence_length)
     np.random.default_rng(0).shuffle(rows)
     shape = (len(rows), sequence_length)

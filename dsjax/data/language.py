@@ -11,6 +11,7 @@ from dsjax.data.chat_template import ChatTemplate, TemplateError, read_chat_temp
 from dsjax.data.text import encode_with_added_tokens
 from dsjax.data.thinking import CLOSED, OPENED
 from dsjax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from dsjax.data.tokenizer_files import CONFIG, SAVED_BEFORE
 from dsjax.errors import UserError
 from dsjax.small_files import read_json_if_there
 
@@ -62,9 +63,20 @@ def read_language(folder: str | Path) -> Language:
     """
     home = find_tokenizer(folder).parent
     tokenizer = load_tokenizer(home)
-    written = read_json_if_there(home / "tokenizer_config.json")
     template = read_chat_template(home, tokenizer)
-    return Language(tokenizer, template, written.get("add_bos_token") is not False, home)
+    return Language(tokenizer, template, _adds_bos(tokenizer, home), home)
+
+
+def _adds_bos(tokenizer: Tokenizer, home: Path) -> bool:
+    """Whether a text that is no chat begins with bos.
+
+    As in transformers, the post-processor of tokenizer.json decides. DeepSeek's has none and its
+    tokenizer_config.json says `add_bos_token`, which transformers 4 obeyed and 5 ignores: here it
+    counts, as in DeepSeek's own code.
+    """
+    written = read_json_if_there(home / CONFIG)
+    asked = written.get("add_bos_token", written.keys() == SAVED_BEFORE)
+    return tokenizer.bos_id is not None and (tokenizer.writes_bos or asked is True)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, name: str | Path) -> None:

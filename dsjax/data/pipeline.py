@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
@@ -15,11 +16,18 @@ from dsjax.data.fim import fill_in_the_middle, fim_ids
 from dsjax.data.packing import PackedRows, Row
 from dsjax.data.shuffle import ShuffledDocuments
 from dsjax.data.sources import Corpus, Selection
-from dsjax.data.tokenizer import Tokenizer
+from dsjax.data.tokenizer import EncodingError, Tokenizer
+from dsjax.errors import UserError
 from dsjax.places import ahead
 
 _AHEAD = 64
 """Microbatches made before they are asked for: a shuffle window is filled while these are used."""
+
+
+MAX_FAILED = 1000
+"""Documents in a row that may fail to be encoded before the run ends."""
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(TypedDict):
@@ -175,12 +183,30 @@ def _shuffled_rows(
 def _encoded(
     selection: Selection, tokenizer: Tokenizer, fim_rate: float, shuffle_seed: int, fim_seed: int
 ) -> grain.MapDataset[Int32[np.ndarray, " N"]]:
-    """The endless stream of a source's documents, as ids; grain gives each its random generator."""
+    """The endless stream of a source's documents, as ids; grain gives each its random generator.
+
+    A document that cannot be encoded is None, which is passed over, with a line that says so.
+    """
+    failed = 0
 
     def encode(text: str, random: np.random.Generator) -> Int32[np.ndarray, " N"]:
-        if random.random() < fim_rate:
-            return tokenizer.document(fill_in_the_middle(text, tokenizer, random))
-        return tokenizer.document(tokenizer.encode(text))
+        nonlocal failed
+        try:
+            if random.random() < fim_rate:
+                ids = fill_in_the_middle(text, tokenizer, random)
+            else:
+                ids = tokenizer.encode(text)
+        except EncodingError as error:
+            failed += 1
+            if failed > MAX_FAILED:  # or a source of nothing else would be read for ever
+                raise UserError(
+                    f"{selection.documents.files[0].path}: more than {MAX_FAILED} documents in a "
+                    f"row cannot be encoded; {error}"
+                ) from None
+            logger.warning("left out: a document that begins with %r: %s", text[:40], error)
+            return None  # pyright: ignore[reportReturnType]
+        failed = 0
+        return tokenizer.document(ids)
 
     shuffled = ShuffledDocuments(selection, shuffle_seed)
     return shuffled.repeat().random_map(encode, seed=fim_seed)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import itertools
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
+
+from tokenizers import Encoding
 
 from dsjax.data.tokenizer import Tokenizer
 
@@ -125,29 +129,50 @@ def _borders(stop: str) -> list[int]:
 def encode_with_added_tokens(
     tokenizer: Tokenizer, text: str, literal: Collection[int] = frozenset()
 ) -> list[int]:
-    """The ids of `text`, in which a spelling of an added token is that token.
+    """Encode `text`, in which the spelling of an added token is that token.
 
-    Except where it begins at a place in `literal`: there it means its characters. It is cut in two
-    after the first one, since `Tokenizer.encode` takes only tokens that are called special for
-    text, and DeepSeek-V3's file does not call <｜User｜> and <think> so. Between added tokens text
-    is encoded in one stretch, as `transformers` does.
+    Between added tokens text is encoded in one stretch, as `transformers` does.
+
+    Args:
+        tokenizer: of the checkpoint.
+        text: what is encoded.
+        literal: positions of characters that are no part of an added token. A spelling with such a
+            character is text: it is split at that character, and both parts are encoded alone.
+
+    Returns:
+        Token ids; nothing is added to them.
+
+    Raises:
+        EncodingError: the text cannot be encoded.
     """
-    added = tokenizer.added_tokens
-    lengths = sorted({len(spelling) for spelling in added}, reverse=True)
+    if not literal:
+        return tokenizer.encode_prompt(text).ids
+    places = sorted(literal)
     ids: list[int] = []
-    start = 0
-    begins = {spelling[0] for spelling in added if spelling}
-    for place in (place for place, character in enumerate(text) if character in begins):
-        if place < start:
-            continue
-        found = (text[place : place + length] for length in lengths)
-        spelling = next((part for part in found if part in added), None)
-        if spelling is None:
-            continue
-        if place in literal:
-            ids += tokenizer.encode(text[start : place + 1])
-            start = place + 1
+    todo = [(0, len(text))]  # parts of the text, the next one last
+    while todo:
+        begin, end = todo.pop()
+        encoding = tokenizer.encode_prompt(text[begin:end])
+        cuts = _cuts(tokenizer, encoding, begin, places)
+        if cuts:
+            todo += reversed([*itertools.pairwise([begin, *cuts, end])])
         else:
-            ids += [*tokenizer.encode(text[start:place]), added[spelling]]
-            start = place + len(spelling)
-    return [*ids, *tokenizer.encode(text[start:])]
+            ids += encoding.ids
+    return ids
+
+
+def _cuts(tokenizer: Tokenizer, encoding: Encoding, begin: int, places: Sequence[int]) -> list[int]:
+    """Where to split a part of a text that begins at `begin`, so that literal spellings are none.
+
+    A single character that is an added token cannot be split, and stays one.
+    """
+    added = tokenizer.added_ids
+    if added.isdisjoint(encoding.ids):
+        return []
+    cuts = []
+    for token, (first, after) in zip(encoding.ids, encoding.offsets, strict=True):
+        if token in added and after - first > 1:
+            at = bisect_left(places, begin + first)
+            if at < len(places) and places[at] < begin + after:
+                cuts.append(max(places[at], begin + first + 1))
+    return cuts

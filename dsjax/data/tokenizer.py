@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -16,9 +15,18 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dsjax.data.byte_level import BYTE_OF
 from dsjax.data.tiktoken import TIKTOKEN, read_tiktoken
+from dsjax.data.tokenizer_files import (
+    CONFIG,
+    WORDS,
+    as_in_file,
+    named_token,
+    named_tokens,
+    read_backend,
+    read_config,
+)
 from dsjax.errors import UserError, hub_hint, one_line
 from dsjax.places import as_path
-from dsjax.small_files import is_text, read_json, read_small, write_whole
+from dsjax.small_files import is_text, write_whole
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -27,16 +35,10 @@ FIM_HOLE = "<｜fim▁hole｜>"
 FIM_END = "<｜fim▁end｜>"
 
 _DIGITS = r"\p{N}{1,3}"
-# A word takes one character before it along (a space, a dot, an underscore); punctuation takes the
-# line's end and the next line's indentation along, all but the blank that its first word takes.
-_CODE = (
-    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+(?:[\r\n]+[ \t]*(?=[ \t]))?"
-    r"|\s*[\r\n]+[ \t]*(?=[ \t])"
-    r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
+
+
+class EncodingError(UserError):
+    """One text that the tokenizer cannot encode; it says nothing about other texts."""
 
 
 class Tokenizer:
@@ -45,7 +47,14 @@ class Tokenizer:
     `bos_id`, `eos_id` and the three `fim_*_id` are None where the vocabulary has no such token.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos: str | None, eos: str | None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        bos: str | None,
+        eos: str | None,
+        named: Mapping[str, str] | None = None,
+    ):
+        """`named` holds spellings of other special tokens by what they are called: pad_token."""
         # What a file may set, and what would change a document without a word.
         backend.no_truncation()
         backend.no_padding()
@@ -54,6 +63,11 @@ class Tokenizer:
         self._backend = backend
         self.bos_id = _id_of(backend, bos)
         self.eos_id = _id_of(backend, eos)
+        ends = {"bos_token": (bos, self.bos_id), "eos_token": (eos, self.eos_id)}
+        self.named_tokens = dict(named or {}) | {
+            key: name for key, (name, number) in ends.items() if name and number is not None
+        }
+        """What chat templates may call special tokens by, and their spellings."""
         self.fim_begin_id = backend.token_to_id(FIM_BEGIN)
         self.fim_hole_id = backend.token_to_id(FIM_HOLE)
         self.fim_end_id = backend.token_to_id(FIM_END)
@@ -63,8 +77,22 @@ class Tokenizer:
 
         Of the tokens a vocabulary adds, only those its file calls special count as such: bos, eos
         and fill-in-the-middle do in DeepSeek's, <｜User｜> and <think> do not.
+
+        Raises:
+            EncodingError: the text cannot be encoded.
         """
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return _encode(self._backend, text).ids
+
+    def encode_prompt(self, text: str) -> tokenizers.Encoding:
+        """Encode `text`, in which the spelling of every added token is that token.
+
+        Nothing else is added. The flags of added tokens are obeyed: one with `rstrip` takes the
+        white space after it along, one with `single_word` is no part of a longer word.
+
+        Raises:
+            EncodingError: the text cannot be encoded.
+        """
+        return _encode(self._prompt_backend, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
@@ -87,10 +115,27 @@ class Tokenizer:
         return isinstance(self._backend.decoder, decoders.ByteLevel)
 
     @cached_property
+    def writes_bos(self) -> bool:
+        """Whether the file's post-processor puts bos before a text."""
+        return self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
+
+    @cached_property
     def added_tokens(self) -> dict[str, int]:
         """Spelling and id of every token that is no piece of text: special ones, <think>, ..."""
         added = self._backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items()}
+
+    @cached_property
+    def _prompt_backend(self) -> tokenizers.Tokenizer:
+        """A copy: whether special tokens are read out of texts is a setting of the whole object."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """The ids of `added_tokens`."""
+        return frozenset(self.added_tokens.values())
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -130,7 +175,7 @@ class Tokenizer:
             "eos": self.eos_id,
         }
         canonical = json.dumps(described, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return hashlib.sha256(as_in_file(canonical).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as `load_tokenizer` reads them.
@@ -143,9 +188,14 @@ class Tokenizer:
             key: None if token is None else self._backend.id_to_token(token)
             for key, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id))
         }
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        # A run's documents begin with bos, so texts do too.
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **names,
+            "add_bos_token": self.bos_id is not None,
+        }
         described = json.dumps(config, indent=2, ensure_ascii=False)
-        write_whole(folder / "tokenizer_config.json", described.encode())
+        write_whole(folder / CONFIG, described.encode())
         write_whole(folder / "tokenizer.json", self._backend.to_str(pretty=True).encode())
 
 
@@ -170,7 +220,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_DIGITS), "isolated"),
-            pre_tokenizers.Split(Regex(_CODE), "isolated"),
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -181,7 +231,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    try:
+        backend.train_from_iterator(texts, trainer)
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:  # a PanicException is no Exception
+        raise UserError(f"the tokenizer cannot be trained: {one_line(error)}") from None
     return Tokenizer(backend, BOS, EOS)
 
 
@@ -195,13 +250,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         UserError: a file is missing or damaged.
     """
     file = find_tokenizer(path)
-    config = file.with_name("tokenizer_config.json")
-    names = _read_names(config) if config.is_file() else {}
-    backend = read_tiktoken(file) if file.name == TIKTOKEN else _read_backend(file)
-    for key, name in names.items():
+    config = read_config(file)
+    backend = read_tiktoken(file) if file.name == TIKTOKEN else read_backend(file, config)
+    names = {"bos_token": BOS, "eos_token": EOS}
+    for key in names.keys() & config.keys():
+        names[key] = name = named_token(config, key)
         if name is not None and (not is_text(name) or backend.token_to_id(name) is None):
-            raise UserError(f"{config}: {key} is {name!r}, which {file.name} does not hold")
-    return Tokenizer(backend, names.get("bos_token", BOS), names.get("eos_token", EOS))
+            raise UserError(
+                f"{file.with_name(CONFIG)}: {key} is {name!r}, which {file.name} does not hold"
+            )
+    return Tokenizer(backend, names["bos_token"], names["eos_token"], named_tokens(config))
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -226,21 +284,22 @@ def find_tokenizer(path: str | Path) -> Path:
     )
 
 
-def _read_backend(file: Path) -> tokenizers.Tokenizer:
-    data = read_small(file)
-    try:
-        return tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise UserError(f"{file}: cannot be read as a tokenizer: {one_line(error)}") from None
-
-
-def _read_names(path: Path) -> dict[str, Any]:
-    """`bos_token` and `eos_token`, as far as the file speaks of them; null means there is none."""
-    config = read_json(path)
-    named = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
-    # A token is written as its text, or as an object that holds it under `content`.
-    return {k: t.get("content", t) if isinstance(t, dict) else t for k, t in named.items()}
-
-
 def _id_of(backend: tokenizers.Tokenizer, name: str | None) -> int | None:
     return None if name is None else backend.token_to_id(name)
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """Encode one text; whatever the library throws is an error of this text alone.
+
+    It throws what it likes: a pattern that tries too much is a `PanicException`, which is no
+    `Exception`; half of a surrogate pair is a `TypeError`.
+    """
+    try:
+        return backend.encode(text, add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        found = one_line(error) if is_text(text) else "it has half of a surrogate pair"
+        raise EncodingError(
+            f"the tokenizer cannot encode a text of {len(text):,} characters: {found}"
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -43,9 +44,9 @@ from dsjax.training.divergence import BadSteps
 from dsjax.training.metrics import MetricsLog
 from dsjax.training.optimizer import learning_rate_at
 from dsjax.training.progress import Display
-from dsjax.training.signals import Termination
+from dsjax.training.signals import Stopped, Termination, leave_soon
 from dsjax.training.step import TrainState, max_violation
-from sharding.distributed import WORK_SECONDS, barrier, fetch
+from sharding.distributed import WORK_SECONDS, barrier, fetch, is_alone
 from sharding.rules import Layout, use_layout
 
 ACTIVITIES = ("sampling", "scoring", "training")
@@ -105,6 +106,7 @@ class GrpoLoop:
         self._stop_asked = 0
         self._is_scored = False
         """Whether some answers of this process have been scored."""
+        self._stopped_scoring = False
 
     def run(self) -> None:
         """Rollout after rollout until all steps are taken, a signal arrives, or it has diverged."""
@@ -125,6 +127,8 @@ class GrpoLoop:
             self.exit_code = self.termination.exit_code
         self.save()
         self.store.wait()
+        if self._stopped_scoring and self.exit_code is not None:
+            leave_soon(self.exit_code)  # a verifier may never end
 
     def save(self) -> None:
         """Start saving everything that the next rollout depends on."""
@@ -192,7 +196,13 @@ class GrpoLoop:
         if written is None:
             return None
         drawn = time.monotonic()
-        scores = score_groups(written, records, self.language, self.scorer)
+        try:
+            # Of several processes the others wait for this one's scores, and leave with it.
+            with self.termination.interruptible() if is_alone() else nullcontext():
+                scores = score_groups(written, records, self.language, self.scorer)
+        except Stopped:
+            self._stopped_scoring = True
+            return None
         if not self._is_scored:
             refuse_total_failure(list(chain(*scores)), "the first rollout")
             self._is_scored = True

@@ -31,7 +31,7 @@ from dsjax.rewards.failures import describe_failures, refuse_total_failure
 from dsjax.rewards.score import Scorer
 from dsjax.small_files import read_json
 from dsjax.training.progress import ThroughputDisplay, say
-from dsjax.training.signals import Termination, catch_termination
+from dsjax.training.signals import Stopped, Termination, catch_termination, leave_soon
 
 JOURNAL = "journal.jsonl"
 
@@ -190,7 +190,14 @@ class _Run:
             keys = [Key("score", one.number, n) for one, n in pairs]
             if all(key in self.journal.records for key in keys):
                 continue
-            scores = scorer.score([self.drawn(one, n).answer for one, n in pairs])
+            try:
+                with self.termination.interruptible():
+                    scores = scorer.score([self.drawn(one, n).answer for one, n in pairs])
+            except Stopped:  # a verifier may never end
+                assert self.termination.received is not None
+                leave_soon(128 + self.termination.received)
+                self._stop_if_asked()
+                raise
             if begin == 0:
                 refuse_total_failure(scores, "the first prompts")
             if failures := describe_failures(scores):

@@ -10,6 +10,7 @@ from typing import Any
 from dsjax.data.chat_template import TemplateError
 from dsjax.data.text import TextStream, encode_with_added_tokens
 from dsjax.data.thinking import Speech, ThoughtfulSpeech, begins_in_thought
+from dsjax.data.tokenizer import EncodingError
 from dsjax.errors import UserError
 from dsjax.inference.request import LARGEST_SEED, Request, Update
 from dsjax.serving.bodies import ChatBody, CompletionBody, Message
@@ -124,7 +125,11 @@ def parse(
         RequestError: the body cannot be served.
     """
     asked = read_body(endpoint, body, served)
-    prompts = _prompts(asked, served)
+    try:
+        prompts = _prompts(asked, served)
+    except EncodingError as error:
+        name = "messages" if isinstance(asked, ChatBody) else "prompt"
+        raise RequestError(400, f"{name}: {error}", name) from None
     n = asked.n or 1
     if n * len(prompts) > MAX_CHOICES:
         message = f"n: {n} for each of {len(prompts)} prompts is more than {MAX_CHOICES} choices"

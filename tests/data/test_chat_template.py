@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dsjax.data import chat_template as module
-from dsjax.data.chat_template import ChatTemplate, TemplateError
-from dsjax.data.tokenizer import BOS, EOS, load_tokenizer
+from dsjax.data import template_sandbox as sandbox
+from dsjax.data.chat_template import ChatTemplate, TemplateError, read_chat_template
+from dsjax.data.tokenizer import BOS, EOS, EncodingError, load_tokenizer
 from dsjax.errors import UserError
 from tests.data.spoken import ids, template, tokenizer
 
@@ -119,9 +119,82 @@ def test_a_template_has_what_transformers_gives_it():
     assert template(source).render([]) == f'01{{"a": "<é"}}4{EOS}'
 
 
+def test_generation_tags_render_as_what_is_between_them():
+    source = """
+    {%- for m in messages %}{{ m.role }}: {% if m.role == 'assistant' -%}
+    {% generation %}{% set own = m.content %}{{ own }};{% endgeneration %}{{ own is defined }}
+    {%- else %}{{ m.content }}{% endif %}
+    {%- endfor %}"""
+    messages = said("user: hi", "assistant: yo")
+    assert template(source).render(messages) == "user: hiassistant: yo;False"
+
+
+def test_tools_and_documents_are_none_where_none_are_given():
+    source = "{{ tools is defined and tools is none }}{{ documents is none }}{{ tools | length }}"
+    assert template(source.replace("{{ tools | length }}", "")).render([]) == "TrueTrue"
+    assert (
+        template("{{ tools | length }}{{ documents[0].text }}").render(
+            [], tools=[{"name": "f"}], documents=[{"title": "a", "text": "b"}]
+        )
+        == "1b"
+    )
+
+
+def test_to_json_takes_the_arguments_that_transformers_gives_it():
+    value = {"b": "é<", "a": [1]}
+    source = "{{ messages[0].v | tojson(%s) }}"
+    for arguments, expected in [
+        ("", '{"b": "é<", "a": [1]}'),
+        ("ensure_ascii=True", '{"b": "\\u00e9<", "a": [1]}'),
+        ("sort_keys=true", '{"a": [1], "b": "é<"}'),
+        ("separators=(',', ':')", '{"b":"é<","a":[1]}'),
+        ("indent=1", '{\n "b": "é<",\n "a": [\n  1\n ]\n}'),
+    ]:
+        assert template(source % arguments).render([{"v": value}]) == expected
+
+
+def test_only_special_tokens_that_there_are_are_defined(tmp_path):
+    tokenizer().save(tmp_path)
+    config = {"bos_token": None, "eos_token": EOS, "pad_token": "<pad>", "image_token": "<img>"}
+    source = "{{ bos_token is defined }}{{ eos_token }}{{ pad_token }}{{ image_token }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": source}))
+    found = read_chat_template(tmp_path, load_tokenizer(tmp_path))
+    assert found is not None and found.render([]) == f"False{EOS}<pad><img>"
+
+
+def test_a_missing_value_is_no_key_and_a_thought_has_all_of_its_names():
+    source = (
+        "{% set m = messages[0] %}{{ 'content' in m }}{{ m.reasoning_content }}{{ m.thinking }}"
+    )
+    assert template(source).render([{"content": None, "reasoning": "so"}]) == "Falsesoso"
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    def read(**files):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        found = read_chat_template(tmp_path, tokenizer())
+        return found and found.render([])
+
+    tokenizer().save(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    assert read() is None
+    config.write_text(json.dumps({"chat_template": {"rag": "r", "default": "d"}}))
+    assert read() == "d"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("t")
+    with pytest.raises(UserError, match="the chat templates tool_use, and none called default"):
+        read()
+    assert read(**{"chat_template.jinja": "own"}) == "own"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("{{ namespace(_x=1) }}", "must not have the attribute '_x'"),
+        ("{{ dict.mro() }}", "no attribute 'mro'"),
+        ("{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}"
+         "{% endfor %}", "too large"),
         ("{{ raise_exception('roles must\n alternate') }}", "roles must alternate"),
         ("{{ messages[0].content + 1 }}", "can only concatenate"),
         ("{{ messages.append(1) }}", "not safe|immutable|not callable|access"),
@@ -157,7 +230,7 @@ def loops(body=""):
     ],
 )
 def test_a_template_that_does_not_end_is_stopped(source, monkeypatch):
-    monkeypatch.setattr(module, "MAX_STEPS", 100_000)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 100_000)
     start = time.perf_counter()
     with pytest.raises(TemplateError, match="does not come to an end"):
         encode("user: a", source=source)
@@ -165,7 +238,7 @@ def test_a_template_that_does_not_end_is_stopped(source, monkeypatch):
 
 
 def test_a_template_that_writes_without_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(module, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(sandbox, "MAX_CHARACTERS", 1000)
     with pytest.raises(TemplateError, match="more than 1000 characters"):
         encode("user: a", source=loops("abc"))
 
@@ -174,7 +247,7 @@ def test_rendering_leaves_a_debuggers_trace_as_it_was(monkeypatch):
     def trace(frame, event, argument):
         return None
 
-    monkeypatch.setattr(module, "MAX_STEPS", 1000)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 1000)
     before = sys.gettrace()
     sys.settrace(trace)
     try:
@@ -188,11 +261,11 @@ def test_rendering_leaves_a_debuggers_trace_as_it_was(monkeypatch):
 
 
 def test_a_long_conversation_is_far_from_the_limit(monkeypatch):
-    monkeypatch.setattr(module, "MAX_STEPS", module.MAX_STEPS // 10)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", sandbox.MAX_STEPS // 10)
     assert encode(*["user: <a>", "assistant: b"] * 400)
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{", "{% generation %}", "{% if a %}" * 3])
+@pytest.mark.parametrize("source", ["{% for %}", "{{", "{% generation %}a", "{% if a %}" * 3])
 def test_a_template_that_does_not_parse_is_the_checkpoints_mistake(source):
     with pytest.raises(UserError, match="the chat template cannot be read"):
         template(source)
@@ -248,3 +321,22 @@ def test_deepseeks_template_lets_nothing_be_smuggled(deepseek):
         honest = template.encode(said("system: x", "user: axb", "tool: x"))
         assert [i for i in tokens if i in control] == [i for i in honest if i in control]
         assert vocabulary.decode(tokens).count(name) == 3 + vocabulary.decode(honest).count(name)
+
+
+TEXTS = ["\n", "a", " ", "<", "<think>", "e\u0301", "\0", "{{ 1 }}", "\r\n", "中"]
+
+
+@pytest.mark.parametrize("run", TEXTS)
+def test_a_message_of_one_long_run_is_encoded_in_linear_time(run):
+    text = run * (200_000 // len(run))
+    begin = time.perf_counter()
+    tokens = encode(f"user: {text}", "assistant: </think>" + text)
+    assert time.perf_counter() - begin < 4
+    assert tokens.count(USER) == 1
+    assert tokenizer().decode(tokens).count(text) >= 1
+
+
+def test_half_of_a_surrogate_pair_is_an_error_of_that_request():
+    with pytest.raises(EncodingError, match="surrogate"):
+        encode("user: a\ud83d")
+    assert encode("user: a")

@@ -1,5 +1,6 @@
 """The training iterator loses no token, keeps its weights and shares, and resumes exactly."""
 
+import copy
 import itertools
 import json
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 
 from dsjax.config import DataConfig, SourceConfig
+from dsjax.data import pipeline
 from dsjax.data.batches import joined_state
 from dsjax.data.pipeline import sample_texts, training_iterator
 from dsjax.data.sources import open_corpus
-from dsjax.data.tokenizer import load_tokenizer
+from dsjax.data.tokenizer import EncodingError, load_tokenizer
 from dsjax.errors import UserError
 
 from .corpora import WRITERS, make_texts, write_jsonl, write_parquet, write_text
@@ -276,3 +278,35 @@ def test_the_tokenizers_sample_is_training_text_by_weight(tmp_path):
     everything = list(sample_texts(corpus, max_bytes=10_000))
     assert len(everything) == len(set(everything)) == sum(len(s) for s in corpus.train)
     assert not set(everything) & set(corpus.held_out_texts())
+
+
+def failing(tokenizer, sign: str):
+    """A tokenizer that cannot encode documents with `sign` in them."""
+
+    def encode(text: str) -> list[int]:
+        if sign in text:
+            raise EncodingError("too many line ends")
+        return tokenizer.encode(text)
+
+    found = copy.copy(tokenizer)
+    found.encode = encode
+    return found
+
+
+def test_a_document_that_cannot_be_encoded_is_left_out_with_a_line(tokenizer, tmp_path, caplog):
+    texts = [*make_texts(12), "BAD text"]
+    config = config_of(("jsonl", write_jsonl(tmp_path, texts)))
+    batches = itertools.islice(iterate(config, failing(tokenizer, "BAD")), 60)
+    documents = documents_of(batches, tokenizer)
+    assert (
+        sorted(documents[:12]) == sorted(documents[12:24]) == sorted(ids_of(texts[:12], tokenizer))
+    )
+    said = "left out: a document that begins with 'BAD text': too many line ends"
+    assert {record.getMessage() for record in caplog.records} == {said}
+
+
+def test_a_source_that_cannot_be_encoded_at_all_ends_the_run(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_FAILED", 50)
+    config = config_of(("jsonl", write_jsonl(tmp_path, make_texts(5))))
+    with pytest.raises(UserError, match="more than 50 documents in a row cannot be encoded; too"):
+        next(iterate(config, failing(tokenizer, "")))

@@ -149,3 +149,18 @@ def test_added_tokens_are_read_out_of_text_unless_they_are_literal():
     assert not set(none) & set(tokenizer().added_tokens.values())
     assert tokenizer().decode(none) == text * 3
     assert encode_with_added_tokens(tokenizer(), EOS) == [tokenizer().eos_id]
+
+
+def test_a_spelling_that_is_partly_literal_is_text():
+    think = ids("<think>")[0]
+    for place in range(len("<think>")):
+        found = encode_with_added_tokens(tokenizer(), "a<think>b", {1 + place})
+        assert think not in found and tokenizer().decode(found) == "a<think>b"
+
+
+def test_a_long_text_of_literal_tokens_is_encoded_in_linear_time():
+    text = "<think>" * 20_000
+    begin = time.perf_counter()
+    found = encode_with_added_tokens(tokenizer(), text, range(len(text)))
+    assert time.perf_counter() - begin < 5
+    assert tokenizer().decode(found) == text

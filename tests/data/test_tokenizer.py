@@ -1,11 +1,23 @@
 """Any text survives its tokenizer, and a tokenizer survives its file."""
 
+import copy
+import hashlib
 import json
 import random
+import time
+from pathlib import Path
 
 import pytest
+import tokenizers
 
-from dsjax.data.tokenizer import BOS, EOS, Tokenizer, load_tokenizer, train_tokenizer
+from dsjax.data.tokenizer import (
+    BOS,
+    EOS,
+    EncodingError,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from dsjax.errors import UserError
 from tests.object_store import BUCKET
 
@@ -137,3 +149,97 @@ def test_a_vocabulary_below_the_bytes_is_an_error():
 def test_a_tokenizer_is_saved_into_a_bucket(tokenizer, store):
     tokenizer.save(f"gs://{BUCKET}/run/tokenizer")
     assert load_tokenizer(f"gs://{BUCKET}/run").digest == tokenizer.digest
+
+
+@pytest.mark.parametrize(
+    "run", ["\n", "\r\n", "\n ", " ", "\t\n", "a", "1", "!", "e\u0301", "\u0301", "\0", "中"]
+)
+def test_long_runs_are_encoded_in_linear_time(tokenizer, run):
+    text = f"x{run * (100_000 // len(run))}y"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_tokenizer_is_trained_on_long_runs_of_line_ends():
+    tokenizer = train_tokenizer(["words" + "\n" * 5_000 + "words"], 300)
+    assert tokenizer.decode(tokenizer.encode("words\n\n\nwords")) == "words\n\n\nwords"
+
+
+PATTERN_OF_OLDER_RUNS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+(?:[\r\n]+[ \t]*(?=[ \t]))?"
+    r"|\s*[\r\n]+[ \t]*(?=[ \t])|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def as_saved_before(tokenizer: Tokenizer, folder: Path) -> Path:
+    """The tokenizer in the form in which older runs have it."""
+    tokenizer.save(folder)
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree["pre_tokenizer"]["pretokenizers"][1]["pattern"]["Regex"] = PATTERN_OF_OLDER_RUNS
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_tokenizers_of_older_runs_encode_as_they_did(tokenizer, tmp_path):
+    folder = as_saved_before(tokenizer, tmp_path)
+    before = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    after = load_tokenizer(folder)
+    draw = random.Random(0)
+    for alphabet in ("\n\r \t!a", "\n\r \t\x0b\xa0!", "\n \t\r\u2028é\u0301\x00😀中_-'1a"):
+        for _ in range(500):
+            text = "".join(draw.choices(alphabet, k=draw.randrange(25)))
+            assert after.encode(text) == before.encode(text).ids, repr(text)
+    assert after.encode("\n" * 5_000)  # the older pattern tries too much
+
+
+def test_deepseek_v2s_pattern_for_white_space_is_read_as_a_linear_one(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree["pre_tokenizer"]["pretokenizers"][1]["pattern"]["Regex"] = r"\s+$"
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    before = tokenizers.Tokenizer.from_file(str(file))
+    after = load_tokenizer(tmp_path)
+    draw = random.Random(0)
+    for _ in range(500):
+        text = "".join(draw.choices("\n \t\xa0a1", k=draw.randrange(12)))
+        assert after.encode(text) == before.encode(text).ids, repr(text)
+    begin = time.perf_counter()
+    after.encode(" " * 100_000 + "1")
+    assert time.perf_counter() - begin < 2
+
+
+def test_the_digest_of_older_runs_stays(tokenizer, tmp_path):
+    folder = as_saved_before(tokenizer, tmp_path)
+    tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    described = {"tokenizer": tree, "bos": 0, "eos": 1}
+    canonical = json.dumps(described, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    assert load_tokenizer(folder).digest == tokenizer.digest == digest
+
+
+def test_what_the_library_throws_is_an_error_of_that_text_alone(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree["pre_tokenizer"]["pretokenizers"][1]["pattern"]["Regex"] = PATTERN_OF_OLDER_RUNS + "|x"
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    loaded = load_tokenizer(tmp_path)
+    with pytest.raises(EncodingError, match=r"a text of 5,000 characters: .*limit"):
+        loaded.encode("\n" * 5_000)
+    with pytest.raises(EncodingError, match="half of a surrogate pair"):
+        loaded.encode("x\ud83dy")
+    assert loaded.decode(loaded.encode("aab")) == "aab"
+
+
+def test_a_signal_is_no_error_of_a_text(tokenizer):
+    class Interrupted:
+        def encode(self, *_, **__):
+            raise KeyboardInterrupt
+
+    ours = copy.copy(tokenizer)
+    ours._backend = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        ours.encode("x")

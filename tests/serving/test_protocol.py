@@ -68,8 +68,9 @@ def test_the_template_may_be_in_any_of_three_files(tmp_path):
     beside = {"chat_template.json": json.dumps({"chat_template": "json"})}
     alone = {"chat_template.jinja": "jinja"}
     assert first(tmp_path / "a", config=inside) == "config"
-    assert first(tmp_path / "b", config=inside, **beside) == "json"
+    assert first(tmp_path / "b", config=inside, **beside) == "config"
     assert first(tmp_path / "c", config=inside, **beside, **alone) == "jinja"
+    assert first(tmp_path / "e", **beside) == "json"
     named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
     assert first(tmp_path / "d", config={"chat_template": named}) == "b"
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from dsjax.data.tokenizer import EncodingError, Tokenizer
 from dsjax.serving.bodies import ChatBody, CompletionBody, Message
 from dsjax.serving.job import parse
 from dsjax.serving.protocol import RequestError
@@ -213,6 +214,17 @@ def test_a_model_without_a_template_does_not_chat():
         template=SERVED.template.__class__("{{ raise_exception('no') }}", tokenizer(), {})
     )
     assert refused(CHAT, BASE[CHAT], refusing).message.endswith("these messages: no")
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_an_error_of_that_request(monkeypatch):
+    def fail(self, text):
+        raise EncodingError("the tokenizer cannot encode it")
+
+    monkeypatch.setattr(Tokenizer, "encode_prompt", fail)
+    for endpoint, param in ((CHAT, "messages"), (COMPLETIONS, "prompt")):
+        error = refused(endpoint, BASE[endpoint])
+        assert (error.status, error.param) == (400, param)
+        assert error.message == f"{param}: the tokenizer cannot encode it"
 
 
 @pytest.mark.parametrize(("endpoint", "kind"), [(COMPLETIONS, CompletionBody), (CHAT, ChatBody)])

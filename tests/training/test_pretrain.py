@@ -92,6 +92,52 @@ def test_sigterm_saves_and_leaves_with_143(corpus, tmp_path):
     assert (tmp_path / f"run/checkpoints/{last:08d}/manifest.json").is_file()
 
 
+HANGS = """
+import os, runpy, sys, threading
+from dsjax.data import pipeline, tokenizer
+from dsjax.training import signals
+
+signals.GRACE_SECONDS = 0.5
+pipeline._AHEAD = 1
+encode, hang = tokenizer.Tokenizer.encode, sys.argv.pop(1)
+
+def encode_or_hang(self, text):
+    if os.path.exists(hang):
+        threading.Event().wait()
+    return encode(self, text)
+
+tokenizer.Tokenizer.encode = encode_or_hang
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_sigterm_ends_a_run_whose_data_do_not_come(corpus, tmp_path):
+    """It saves what the steps before have made."""
+    changes = {"training__tokens": 10**7, "checkpoint__every_steps": 10**6}
+    command = train_command(corpus, tmp_path / "run", data__shuffle_window=4, **changes)
+    process = subprocess.Popen(
+        [command[0], "-c", HANGS, str(tmp_path / "hang"), *command[2:]],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and len(read_metrics(metrics)) > 3):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    (tmp_path / "hang").touch()
+    before = -1
+    while (now := metrics.stat().st_size) > before:
+        before = now
+        time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert "stopped while waiting for data" in out
+    last = max(r["step"] for r in read_metrics(metrics) if "loss" in r)
+    assert (tmp_path / f"run/checkpoints/{last:08d}/manifest.json").is_file()
+
+
 def test_a_run_that_diverges_stops_with_its_state(corpus, tmp_path):
     done = train(
         corpus, tmp_path / "run", optimizer__learning_rate=1e30, optimizer__warmup_steps=0,
