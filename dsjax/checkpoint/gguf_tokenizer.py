@@ -28,7 +28,8 @@ def _words(letters: str, digits: str, marks: str = "") -> str:
 
 _LLAMA3 = [_words(r"\p{L}", r"\p{N}{1,3}")]
 _QWEN2 = [_words(r"\p{L}", r"\p{N}")]
-_SMOLLM = [r"\p{N}", _GPT2]
+# GPT-2's words with each digit apart: in one pattern, which a million digits take half the time.
+_SMOLLM = [r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"]
 
 # Upper, lower and title case, but for letters that the released pattern does not list.
 _CASED = (

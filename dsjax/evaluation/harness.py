@@ -63,7 +63,7 @@ class HarnessModel(TemplateLM):
         mesh: sizes of mesh axes, such as {"tensor": 2}; None: one device.
         max_length: most tokens of a window, as of `hf`. The engine needs two places beside it, so
             that the longest here is two less than the model's.
-        add_bos_token: whether a text begins with bos; None: what tokenizer_config.json says.
+        add_bos_token: whether a text begins with bos; None: what the tokenizer's files say.
         batch_size, max_batch_size, device: what the command line always gives. The engine fills
             its rows by itself, on the devices that there are.
         enable_thinking: whether answers in the chat template begin with a thought; None: as the
