@@ -149,7 +149,8 @@ def encode_with_added_tokens(
         return tokenizer.encode_prompt(text).ids
     places = sorted(literal)
     ids: list[int] = []
-    todo = [(0, len(text))]  # parts of the text, the next one last
+    cuts = _spelled(tokenizer, text, places)
+    todo = list(itertools.pairwise([0, *cuts, len(text)]))[::-1]  # the next part last
     while todo:
         begin, end = todo.pop()
         encoding = tokenizer.encode_prompt(text[begin:end])
@@ -159,6 +160,19 @@ def encode_with_added_tokens(
         else:
             ids += encoding.ids
     return ids
+
+
+def _spelled(tokenizer: Tokenizer, text: str, places: Sequence[int]) -> list[int]:
+    """Where to split a text so that no added token begins at `places`, before anything is encoded.
+
+    `_cuts` finds the rest, but in an encoding: a text with many spellings would be encoded twice.
+    """
+    added, lengths = tokenizer.added_tokens, tokenizer.added_lengths
+    return [
+        place + 1
+        for place in places
+        if any(text[place : place + n] in added for n in lengths.get(text[place : place + 2], ()))
+    ]
 
 
 def _cuts(tokenizer: Tokenizer, encoding: Encoding, begin: int, places: Sequence[int]) -> list[int]:

@@ -126,6 +126,15 @@ class Tokenizer:
         return {token.content: number for number, token in added.items()}
 
     @cached_property
+    def added_lengths(self) -> dict[str, list[int]]:
+        """Lengths of the added tokens of several characters, by their first two."""
+        found: dict[str, set[int]] = {}
+        for spelling in self.added_tokens:
+            if len(spelling) > 1:
+                found.setdefault(spelling[:2], set()).add(len(spelling))
+        return {head: sorted(lengths) for head, lengths in found.items()}
+
+    @cached_property
     def _prompt_backend(self) -> tokenizers.Tokenizer:
         """A copy: whether special tokens are read out of texts is a setting of the whole object."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def write_sound(folder: Path) -> None:
     for name in ("single", "sharded", "fp8"):
         train_tokenizer(["a text"], 300).save(folder / name)
         (folder / name / "chat_template.jinja").unlink()
+        shutil.rmtree(folder / name / "additional_chat_templates")
         (folder / name / "generation_config.json").write_text('{"top_p": 0.9}')
 
 

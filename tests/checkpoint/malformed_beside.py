@@ -272,7 +272,14 @@ SERVED = kinds(
     {
         "a template that is no jinja": ("the chat template cannot be read", template("{% if %}")),
         "a template that is a number": ("chat_template is no text", template(5)),
-        "a template that is an object": ("chat_template is no text", template({"a": 1})),
+        "a template that is an object": (
+            "has the chat templates a, and none called default",
+            template({"a": 1}),
+        ),
+        "several templates without a default": (
+            "has the chat templates tools, and none called default",
+            template([{"name": "tools", "template": "x"}]),
+        ),
         "a template of many that is a list": (
             "chat_template is no text",
             template([{"name": "default", "template": [1]}]),

@@ -176,7 +176,7 @@ OURS = kinds(
         ),
         "a configuration that merges": ("cannot be read as YAML", text("config.yaml", MERGES)),
         "a configuration of a date that is none": (
-            "cannot be read as YAML",
+            "unknown key 'a'",
             text("config.yaml", "a: 2001-99-99"),
         ),
         "a configuration with a number of 5,000 digits": (

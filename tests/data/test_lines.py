@@ -374,5 +374,5 @@ def test_brackets_are_part_of_a_name_that_exists(name: str, tmp_path: Path) -> N
 def test_brackets_are_a_pattern_where_no_such_file_exists(tmp_path: Path) -> None:
     for name in ("data1.jsonl", "data2.jsonl", "data3.jsonl"):
         (tmp_path / name).write_text(json.dumps(ROWS[0]))
-    found = [file.name for file in find_files(f"{tmp_path}/data[12].jsonl")]
+    found = [file.name for file in find_files(f"{tmp_path}/data[12].jsonl", "data.sources")]
     assert found == ["data1.jsonl", "data2.jsonl"]
