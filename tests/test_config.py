@@ -18,7 +18,6 @@ from dsjax.config_files import (
     load_sample_config,
     parse,
     read_yaml,
-    refuse_placeholders,
     write_config,
 )
 from dsjax.errors import UserError
@@ -393,24 +392,3 @@ def test_a_configuration_cannot_be_changed_and_can_be_a_key(run_file: Path) -> N
         model.hidden_size = 3  # type: ignore[misc]
     assert {model: 1}[load_model_config("cpu-tiny")] == 1
     assert isinstance(load_run_config(run_file), RunConfig)
-
-
-# ---------------------------------------------------------------------------------------------
-# gs://BUCKET
-# ---------------------------------------------------------------------------------------------
-
-
-def test_the_placeholder_of_a_bucket_is_refused_with_all_its_keys() -> None:
-    name = "v3-671b-v5p-512"
-    with pytest.raises(UserError, match=r"run_dir, data.sources.0.path, data.tokenizer; give run_"):
-        refuse_placeholders(load_run_config(name), name)
-    given = ["run_dir=runs/a", "data.sources.0.path=a.parquet", "data.tokenizer=gs://bucket/t"]
-    config = load_run_config(name, given)
-    assert refuse_placeholders(config, name) is config
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_whatever_a_configuration_leaves_open_is_such_a_placeholder(path: Path) -> None:
-    """So no run can try to read or write a bucket of that name."""
-    for line in path.read_text().splitlines():
-        assert ("BUCKET" in line) == ("gs://BUCKET/" in line), line

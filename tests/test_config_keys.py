@@ -9,7 +9,13 @@ import pytest
 
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.source import model_of
-from dsjax.config_files import TASKS, load_model_config, load_run_config
+from dsjax.config_files import (
+    CONFIGS,
+    TASKS,
+    load_model_config,
+    load_run_config,
+    refuse_placeholders,
+)
 from dsjax.config_keys import ALIASES, _all_keys
 from dsjax.config_sample import SampleConfig
 from dsjax.data.files import find_files
@@ -140,3 +146,22 @@ def test_an_id_of_the_hub_is_answered_with_its_download(
         assert hub_hint(other) == ""
     (tmp_path / "deepseek-ai").mkdir()
     assert hub_hint(name) == ""
+
+
+# gs://BUCKET ------------------------------------------------------------------------------------
+
+
+def test_the_placeholder_of_a_bucket_is_refused_with_all_its_keys() -> None:
+    name = "v3-671b-v5p-512"
+    with pytest.raises(UserError, match=r"run_dir, data.sources.0.path, data.tokenizer; give run_"):
+        refuse_placeholders(load_run_config(name), name)
+    given = ["run_dir=runs/a", "data.sources.0.path=a.parquet", "data.tokenizer=gs://bucket/t"]
+    config = load_run_config(name, given)
+    assert refuse_placeholders(config, name) is config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_whatever_a_configuration_leaves_open_is_such_a_placeholder(path: Path) -> None:
+    """So no run can try to read or write a bucket of that name."""
+    for line in path.read_text().splitlines():
+        assert ("BUCKET" in line) == ("gs://BUCKET/" in line), line

@@ -26,8 +26,8 @@ def refused(endpoint, body, served=SERVED):
     """The error, which any client can read and no log line is broken by."""
     with pytest.raises(RequestError) as caught:
         parse(endpoint, body, served, "x")
-    error = caught.value
-    assert error.message.splitlines() == [error.message] and len(error.message) < 500
+    error, message = caught.value, caught.value.message
+    assert message.splitlines() == [message] and len(message) < 500
     json.dumps(error.body(), allow_nan=False, ensure_ascii=False).encode()
     assert error.body()["error"]["type"] == "invalid_request_error"
     return error
@@ -381,12 +381,11 @@ def test_bos_is_added_once_and_only_if_the_checkpoint_says_so():
     bos = tokenizer().bos_id
     assert prompts("<｜begin▁of▁sentence｜>hi") == [[bos, *ids("hi")]]
     assert prompts("hi", add_bos=False) == [ids("hi")]
-    error = refused(COMPLETIONS, {"model": "r1", "prompt": ""}, make_served(add_bos=False))
-    assert error.param == "prompt"
+    body = {**BASE[COMPLETIONS], "prompt": ""}
+    assert refused(COMPLETIONS, body, make_served(add_bos=False)).param == "prompt"
 
 
 def test_a_completions_prompt_may_spell_special_tokens():
-    """It is the client's own, template and all; a chat's messages are not (test_chat_template)."""
     text = "<｜fim▁begin｜>a<｜fim▁hole｜>b<｜fim▁end｜>"
     assert prompts(text) == [[tokenizer().bos_id, *ids(text)]]
     assert tokenizer().fim_hole_id in ids(text)
@@ -397,5 +396,5 @@ def test_a_developer_is_a_system_and_text_parts_are_lines():
         body = {"model": "r1", "messages": [{"role": role, "content": content}, *HI]}
         return parse(CHAT, body, SERVED, "x").requests[0].tokens
 
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parts = [{"type": "text", "text": text} for text in "ab"]
     assert tokens("developer", parts) == tokens("system", "a\nb")
