@@ -24,8 +24,8 @@ from dsjax.checkpoint.export_config import (
 )
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
 from dsjax.checkpoint.quantized import quantization_of
-from dsjax.checkpoint.safetensors import INDEX, SINGLE
-from dsjax.checkpoint.source import Source, Stored
+from dsjax.checkpoint.safetensors import INDEX, SINGLE, Stored
+from dsjax.checkpoint.source import Source
 from dsjax.checkpoint.streams import QUANTIZE, Item
 from dsjax.checkpoint.tables import human
 from dsjax.checkpoint.weights_folder import (

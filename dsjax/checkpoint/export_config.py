@@ -78,11 +78,11 @@ def describe(
     powers_of_two: bool = True,
     mtp_layers: int | None = None,
 ) -> dict[str, Any]:
-    """Make true what a configuration says of the weights beside it.
+    """Make `config.json` describe the weights that are written.
 
-    A description of FP8 in this very form stays as it is, with whatever its maker says of scales
-    (`scale_fmt`) or left-out modules. One of other weights, left behind by another tool or true of
-    the source only, goes.
+    A `quantization_config` of FP8 in exactly this form is kept, with its `scale_fmt` and excluded
+    modules. One that describes other weights, left by another tool or true only of the source, is
+    removed.
 
     Args:
         tree: what `config.json` holds.

@@ -23,8 +23,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax.checkpoint.families import FP8, ROUTER_BIAS, Tensor
 from dsjax.checkpoint.from_objects import fetch
-from dsjax.checkpoint.safetensors import DTYPES, same_numbers
-from dsjax.checkpoint.source import Source, Stored, open_source
+from dsjax.checkpoint.safetensors import DTYPES, Stored, same_numbers
+from dsjax.checkpoint.source import Source, open_source
 from dsjax.checkpoint.streams import check_finite
 from dsjax.errors import UserError
 from dsjax.model.decoder import Decoder, assemble, prepare

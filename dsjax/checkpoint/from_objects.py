@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from dsjax.checkpoint.families import Tensor
-from dsjax.checkpoint.safetensors import DTYPES, Entry
-from dsjax.checkpoint.source import Source, Stored
+from dsjax.checkpoint.safetensors import DTYPES, Entry, Stored
+from dsjax.checkpoint.source import Source
 from dsjax.errors import UserError
 from dsjax.places import REQUESTS, WINDOW, ObjectPath
 

@@ -57,7 +57,7 @@ _LAYER_NAMES = {
 
 @dataclass(frozen=True)
 class GgufTensor(InParts):
-    """A weight in the released order of its rows; see `source.Stored`."""
+    """A weight in the released order of its rows; see `safetensors.Stored`."""
 
     file: Path
     shape: tuple[int, ...]

@@ -21,7 +21,8 @@ from dsjax.checkpoint.families import (
 )
 from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.manifest import MANIFEST, DamagedError, verify
-from dsjax.checkpoint.source import Stored, open_source
+from dsjax.checkpoint.safetensors import Stored
+from dsjax.checkpoint.source import open_source
 from dsjax.checkpoint.tables import human, table
 from dsjax.config_files import CONFIGS, find_config, load_model_config, load_run_config, read_yaml
 from dsjax.errors import UserError

@@ -66,7 +66,7 @@ def load_on(path: str | Path, dtype: Any, layout: Layout | None) -> Transformer:
 
 
 def with_config(model: Transformer, config: ModelConfig) -> Transformer:
-    """The same weights in a model of another configuration, whose tensors are the same."""
+    """Return the model with another configuration; every tensor must keep its shape."""
     abstract = jax.eval_shape(
         lambda key: Transformer(config, key, dtype=model.dtype), jax.random.key(0)
     )

@@ -22,12 +22,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from dsjax.checkpoint.families import FP8, Tensor
-from dsjax.checkpoint.safetensors import InParts
+from dsjax.checkpoint.safetensors import InParts, Stored
 from dsjax.errors import UserError
 from dsjax.numerics.fp8_host import BLOCK
 
@@ -51,43 +51,11 @@ _FORMATS = {
 """What the ends of tensors' names say of the format that they are in."""
 
 
-class StoredTensor(Protocol):
-    """What is needed of a tensor in a file, see `source.Stored`."""
-
-    @property
-    def file(self) -> Path:
-        """Where, for messages."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """By the name that safetensors has for it."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As in the released files."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        ...
-
-    def read(self) -> np.ndarray:
-        """All of it."""
-        ...
-
-    def read_flat(self, begin: int, end: int) -> np.ndarray:
-        """Some of its numbers, in the file's order."""
-        ...
-
-
 @dataclass(frozen=True)
 class BlockScales(InParts):
     """Scales in another dtype, or of larger blocks, as float32 of each block of 128 x 128."""
 
-    entry: StoredTensor
+    entry: Stored
     block: tuple[int, int]
     shape: tuple[int, ...]
     dtype: str = "F32"
@@ -114,10 +82,10 @@ class BlockScales(InParts):
 
 @dataclass(frozen=True)
 class WidenedTensor(InParts):
-    """A weight in FP8 whose scales have finer blocks, as the float32 product."""
+    """An FP8 weight with scales of smaller blocks, read as the float32 product."""
 
-    entry: StoredTensor
-    scales: StoredTensor
+    entry: Stored
+    scales: Stored
     block: tuple[int, int]
     dtype: str = "F32"
 
@@ -150,7 +118,7 @@ class WidenedTensor(InParts):
         return product.reshape(-1)[begin - first * width : end - first * width]
 
 
-def _grid(scales: StoredTensor) -> np.ndarray:
+def _grid(scales: Stored) -> np.ndarray:
     """Scales as float32 with two dimensions, whatever a single one or a column is stored as."""
     shape = (*scales.shape, 1, 1)[:2]
     return scales.read().astype(np.float32).reshape(shape)
@@ -239,7 +207,7 @@ def _named_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def check_format(
     expected: list[Tensor],
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, Stored],
     quantization: Mapping[str, Any],
     folder: Path,
 ) -> list[str]:

@@ -1,7 +1,7 @@
 """Rotary settings of a `config.json` in every spelling, read as the family's own code reads them.
 
-The spellings: `rope_scaling` or `rope_parameters`; `rope_type` or `type`; `rope_theta` inside or
-beside them; null for a default. What they mean is what transformers computes for the family
+The spellings: `rope_scaling` or `rope_parameters`; `rope_type` or `type`; `rope_theta` inside them
+or at the top level; null for a default. What they mean is what transformers computes for the family
 (`modeling_rope_utils.py`), and for DeepSeek's families what DeepSeek's own code does where the two
 disagree. A setting that is not computed here is refused by name. Imports no jax.
 """
@@ -106,15 +106,15 @@ def _kind(rope: dict[str, Any]) -> Any:
 
 
 def _original_length(tree: dict[str, Any], rope: dict[str, Any], dense: bool) -> dict[str, Any]:
-    """A key beside the settings goes before one in them, and then comes the context's length.
+    """Find the original length: at the top level, in the settings, else the context length.
 
-    Not so for DeepSeek's families: without the key their own code takes 4096, transformers the
-    context's length. There it stays missing, and is refused.
+    The last does not hold for DeepSeek's families: without the key their own code takes 4096,
+    transformers the context length. There it stays missing, and is refused.
     """
-    beside = tree.get(ORIGINAL)
-    if beside is None and ORIGINAL not in rope and dense:
-        beside = tree.get("max_position_embeddings")
-    return {} if beside is None else {ORIGINAL: beside}
+    length = tree.get(ORIGINAL)
+    if length is None and ORIGINAL not in rope and dense:
+        length = tree.get("max_position_embeddings")
+    return {} if length is None else {ORIGINAL: length}
 
 
 def _complete_yarn(

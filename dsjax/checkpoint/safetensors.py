@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -77,6 +77,38 @@ class InParts:
     def read_flat(self, begin: int, end: int) -> np.ndarray:
         """Numbers `begin` to `end`, in the order of the released file."""
         raise NotImplementedError
+
+
+class Stored(Protocol):
+    """A tensor where it is stored."""
+
+    @property
+    def file(self) -> Path:
+        """Where, for messages."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """By the name that safetensors has for it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in the released files."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """All of it."""
+        ...
+
+    def read_flat(self, begin: int, end: int) -> np.ndarray:
+        """Some of its numbers, in the file's order."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

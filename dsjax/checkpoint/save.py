@@ -60,7 +60,7 @@ def save(model: Transformer, path: str | Path, format: str = DSJAX) -> None:
 
 @dataclass(frozen=True)
 class _Held(InParts):
-    """One tensor of the released files within an array of a model; see `source.Stored`."""
+    """One tensor of the released files within an array of a model; see `safetensors.Stored`."""
 
     array: jax.Array
     index: tuple[int, ...]

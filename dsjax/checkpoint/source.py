@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
 
 from dsjax.architecture import ModelConfig
 from dsjax.checkpoint.families import Tensor, match, tensors, without_absent_mtp
@@ -18,7 +15,7 @@ from dsjax.checkpoint.pickled import PICKLE_INDEX, find_pickles, read_pickles, r
 from dsjax.checkpoint.quantized import check_format, quantization_of, with_block_scales
 from dsjax.checkpoint.released import as_expected
 from dsjax.checkpoint.rotary_config import rotary_remark
-from dsjax.checkpoint.safetensors import INDEX, read_folder
+from dsjax.checkpoint.safetensors import INDEX, Stored, read_folder
 from dsjax.checkpoint.weights_folder import CONFIG, RELEASED, TOKENIZER, WEIGHTS, read_weights
 from dsjax.config_files import load_model_config, load_run_config
 from dsjax.config_sft import TuningConfig
@@ -35,38 +32,6 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 _NOT_CARRIED = {"manifest.json", INDEX, PICKLE_INDEX}
 _OF_QUANTIZATION = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
 """Of modelopt, GPTQ and AWQ: what is written is in none of these, and readers go by the names."""
-
-
-class Stored(Protocol):
-    """A tensor where it is stored."""
-
-    @property
-    def file(self) -> Path:
-        """Where, for messages."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """By the name that safetensors has for it."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As in the released files."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        ...
-
-    def read(self) -> np.ndarray:
-        """All of it."""
-        ...
-
-    def read_flat(self, begin: int, end: int) -> np.ndarray:
-        """Some of its numbers, in the file's order."""
-        ...
 
 
 @dataclass(frozen=True)

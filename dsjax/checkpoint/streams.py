@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dsjax.checkpoint.families import FP8, Tensor
-from dsjax.checkpoint.safetensors import DTYPES
-from dsjax.checkpoint.source import Stored
+from dsjax.checkpoint.safetensors import DTYPES, Stored
 from dsjax.errors import UserError
 from dsjax.numerics.fp8_host import (
     BLOCK,

@@ -6,7 +6,7 @@ would make of the messages before it, and what the model would have to write the
     answer     content, or <think>\\n thought \\n</think>\\n\\n content; without the opening tag
                where the template's prompt ends with it, as R1's does. Where the prompt has opened
                a thought and there is none, the answer closes it at once. Where it has ended one,
-               as DeepSeek-V3.1's does, and there is a thought, the template is told to think.
+               as DeepSeek-V3.1's does, and there is a thought, the template's thinking is on.
     end        the template's own, up to its first added token; eos where it has none
 
 A thought is `reasoning_content`, or what a content begins with, up to </think>, by the rules of
@@ -76,7 +76,7 @@ class AnswerEncoder:
         """What of a conversation is trained; the same every time.
 
         Raises:
-            UserError: where in an answer the thought ends cannot be told; names its line.
+            UserError: the end of an answer's thought is ambiguous; the message names the line.
         """
         turns = [turn for turn, trained in enumerate(conversation.trained) if trained]
         if self._train_on == "last":

@@ -76,7 +76,7 @@ class ChatTemplate:
             pass
 
     def with_thought(self, think: bool) -> ChatTemplate:
-        """Return the same template, told whether to think, by the variables in `THINK_SWITCHES`."""
+        """Return the template with the variables of `THINK_SWITCHES` set."""
         names = {**self._names, **dict.fromkeys(THINK_SWITCHES, think)}
         return ChatTemplate(self.source, self._tokenizer, names)
 

@@ -132,7 +132,7 @@ def run(parts: Iterable[str]) -> str:
     """Join the parts, and stop after so many lines of Python or so many characters.
 
     A loop that writes nothing gives no chance to look at a clock, and a thread cannot be killed;
-    but an interpreter that is asked to trace this thread tells of every line in it.
+    but a trace function is called for every line that this thread executes.
 
     Raises:
         TooMuch: a bound was passed.

@@ -4,10 +4,10 @@
     python -m dsjax.evaluation.harness --model dsjax --model_args path=CHECKPOINT --tasks arc_easy
     lm_eval.simple_evaluate("dsjax", "path=CHECKPOINT", tasks=["arc_easy"])   # this file imported
 
-The numbers are those of its own `hf` model on the same files: what differs is said beside it. Of a
-model that thinks the content is scored, as by `hf` with `think_end_token=</think>`; differently
-from there, a thought that does not end leaves an empty content, and a task's stop strings are
-looked for in the content alone.
+The numbers equal those of its own `hf` model on the same files, except where a comment says so. For
+a model that thinks, the content is scored, as by `hf` with `think_end_token=</think>`. Unlike `hf`,
+a thought that does not end leaves an empty content, and a task's stop strings are matched in the
+content only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
@@ -240,7 +240,7 @@ class HarnessModel(TemplateLM):
         seen: Counter[str] = Counter()
         asked, stops = [], []
         for request in requests:
-            context, options = request.args
+            context, options = cast(tuple[str, dict[str, Any]], request.args)
             sampling, until = read_options(options, self._reader.stop_tokens)
             key = repr((context, options))
             seed = seed_of_text(key, seen[key])
@@ -270,8 +270,8 @@ class HarnessModel(TemplateLM):
     def _fitted(self, context: str, max_tokens: int) -> tuple[tuple[int, ...], int]:
         """The tokens of a prompt, and how many may follow, so that both fit into the window.
 
-        A prompt that is too long loses its beginning, as of `hf`; before a thought, whose length
-        is not known, the limit of the answer is lowered instead.
+        A prompt that is too long is truncated from the left, as `hf` does. Before a thought, whose
+        length is unknown, the token limit of the answer is lowered instead.
         """
         prompt = self.tok_encode(context)
         if self.chat.thinks_after(context):

@@ -16,12 +16,12 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class ChatPrompts:
-    """Makes prompts, and refuses what cannot be asked of a model that thinks.
+    """Render prompts, and refuse tasks that cannot be scored for a model that thinks.
 
     Args:
         template: the checkpoint's, if it has one.
-        think: whether an answer begins with a thought; None: as the template has it. The template
-            is told; without thought, one that its prompt opens all the same is closed.
+        think: whether an answer begins with a thought; None: the template's default. It is passed
+            to the template; if False, a thought that the prompt opens anyway is closed.
 
     Raises:
         UserError: the template has no thoughts to switch on.
@@ -74,7 +74,7 @@ class ChatPrompts:
         return begins_in_thought(context) or (self._used and self.thinks)
 
     def check(self, tasks: Iterable[Any]) -> None:
-        """Check that tasks can be asked in the template, before any of them is.
+        """Check that tasks can be scored in the template, before any runs.
 
         Raises:
             UserError: the model thinks, and one has no place for it.

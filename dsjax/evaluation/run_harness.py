@@ -35,7 +35,7 @@ def run_harness(
     Args:
         names: of tasks, groups or tags, as `lm_eval ls tasks` lists them.
         room: how the model is held.
-        settings: how tasks are asked.
+        settings: prompt format, sampling and thinking.
         limit: only so many questions of each task.
         output: the folder of harness.json.
         include: a folder with more tasks, as YAML.
@@ -84,7 +84,8 @@ def _gen_kwargs(settings: HarnessSettings, thinks: bool) -> dict[str, Any] | Non
 def _open(checkpoint: Path, room: Room, settings: HarnessSettings) -> Any:
     from dsjax.evaluation.harness import HarnessModel
 
-    return HarnessModel(
+    make: Any = HarnessModel  # lm-eval's base class hides the constructor from type checkers
+    return make(
         str(checkpoint),
         dtype=room.dtype,
         rows=room.rows,
@@ -95,7 +96,7 @@ def _open(checkpoint: Path, room: Room, settings: HarnessSettings) -> Any:
 
 
 def _load(manager: Any, names: Sequence[str], chat: ChatPrompts | None) -> list[Any]:
-    """Groups and tasks of these names, checked before weights are read and others are asked."""
+    """Load groups and tasks by name, and check them before any weights are read."""
     found: list[Any] = []
     for name in names:
         loaded = manager.load([name])

@@ -37,7 +37,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class HarnessSettings:
-    """How tasks of lm-evaluation-harness are asked; None: as the task says.
+    """Prompt format and sampling for tasks of lm-evaluation-harness; None: the task's own.
 
     Where the model thinks, None is `Settings`' default: no task's limit has room for a thought,
     and the likeliest tokens repeat themselves in it.

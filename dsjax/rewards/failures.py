@@ -1,7 +1,7 @@
-"""Answers that a verifier gave no value: counted by the reason, and refused if they are all.
+"""Count answers that a verifier failed on, by reason, and refuse a first rollout of failures only.
 
-Such an answer has the value 0, so that one of them spoils no step; a run in which nothing is ever
-scored would go on with rewards of 0, and learn nothing.
+A failed answer has the reward 0, so that one failure does not end a step. A run in which every
+answer fails would train on rewards of 0.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ ones has these reasons for every answer."""
 
 
 def count_failures(scores: Sequence[Score]) -> Counter[str]:
-    """How many answers a reward has no value of, by "reward: reason".
+    """Count answers without a value, by "reward: reason".
 
-    What a reason has in parentheses, an exception's message, is left out: it may differ with every
-    answer.
+    The parenthesis of a reason, an exception's message, is left out: it may differ per answer.
     """
     return Counter(
         f"{name}: {reason.partition(' (')[0]}"
@@ -32,7 +31,7 @@ def count_failures(scores: Sequence[Score]) -> Counter[str]:
 
 
 def describe_failures(scores: Sequence[Score]) -> str:
-    """One line of it, such as "3 of 16 answers without a score: 2 math: time, 1 math: crash"."""
+    """Summarize failures: "3 of 16 answers without a score: 2 math: time, 1 math: crash"."""
     counts = count_failures(scores)
     if not counts:
         return ""
@@ -43,14 +42,15 @@ def describe_failures(scores: Sequence[Score]) -> str:
 
 
 def refuse_total_failure(scores: Sequence[Score], what: str) -> None:
-    """See that the first answers of a run are not all without a score for the same reason.
+    """Refuse a run in which all first answers fail for the same reason.
 
     Args:
-        scores: of all of them.
-        what: what they are, such as "the first rollout".
+        scores: of all first answers.
+        what: their name in the message, such as "the first rollout".
 
     Raises:
-        UserError: they are; a program of a model's that fails is not meant, its value is 0.
+        UserError: all failed alike. A generated program that crashes or runs out of time is no
+            failure of the reward `code`.
     """
     for reason, count in count_failures(scores).items():
         name, _, kind = reason.partition(": ")

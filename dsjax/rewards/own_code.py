@@ -1,6 +1,6 @@
 """The user's own reward function where it runs: imported by a keeper, called inside a jail.
 
-Errors are told by the line of the user's file, since a traceback of ours helps nobody.
+Errors name the line of the user's file: a traceback through our code would not help.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class UserFunction:
     """`function(answers) -> values` of the user's file.
 
     The file is imported once, outside of any jail: it is the user's, and no text of a model is
-    there yet. Each call happens in a jail, in which it reads what is installed and what lies beside
-    the file. What it changes is forgotten after the call.
+    there yet. Each call runs in a jail that can read installed packages and the file's folder.
+    State that it changes is lost after the call.
     """
 
     def __init__(self, config: PythonReward):

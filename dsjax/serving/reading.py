@@ -171,7 +171,7 @@ def _overflow(
     Args:
         context: the model's, in tokens.
         prompt: tokens of the prompt.
-        limit: the most tokens of the answer that the client asked for, if it did.
+        limit: the client's max_tokens, if it set one.
         chat: whether the prompt is a conversation.
         param: the field that is too large; None: the prompt.
     """

@@ -1,4 +1,4 @@
-"""What a run's settings were when it was last started, and what of them is another now."""
+"""Compare a resumed run's settings with those it was last started with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OF_A_START = ("run_dir", "distributed")
 
 
 class Change(NamedTuple):
-    """A setting that is another now; what an older config.yaml does not have is none."""
+    """A setting that differs; a key that the older config.yaml lacks does not count."""
 
     key: str
     was: Any
@@ -41,10 +41,10 @@ class Change(NamedTuple):
 
 
 def resumed_changes(folder: Path, config: RunConfig, store: CheckpointStore) -> list[Change]:
-    """The settings that differ from those in the config.yaml of a run that has checkpoints.
+    """Return the settings that differ from the config.yaml of a run with checkpoints.
 
     Raises:
-        UserError: that file is damaged, or what has changed is which arrays a checkpoint holds.
+        UserError: the file is damaged, or a change affects which arrays a checkpoint holds.
     """
     file = folder / "config.yaml"
     if not file.is_file() or not store.steps():
@@ -56,10 +56,10 @@ def resumed_changes(folder: Path, config: RunConfig, store: CheckpointStore) -> 
 
 
 def refuse_other_arrays(folder: Path, changes: list[Change]) -> None:
-    """See that a run's checkpoints can be those of its settings.
+    """Refuse changes of settings that decide which arrays a checkpoint holds.
 
     Raises:
-        UserError: a setting that decides which arrays they hold has changed; it names it.
+        UserError: naming the setting.
     """
     for change in changes:
         if change.section in _OF_CHECKPOINTS:
@@ -70,14 +70,14 @@ def refuse_other_arrays(folder: Path, changes: list[Change]) -> None:
 
 
 def say_resumed(console: Console, run_dir: str, step: int, changes: list[Change]) -> None:
-    """Say where a run goes on, and with which settings that it did not have before."""
+    """Print the step that a run resumes at, and its changed settings."""
     say(console, f"resuming {run_dir} at step {step:,}")
     if changes:
         say(console, f"from here on with other settings: {describe_changes(changes)}")
 
 
 def describe_changes(changes: list[Change]) -> str:
-    """One line of them."""
+    """Join changes into one line."""
     return "; ".join(map(str, changes))
 
 
