@@ -28,15 +28,17 @@ NO_KEY: dict[str, Any] = {}
 CASES: list[tuple[str, dict[str, Any], str | None, dict[str, Any], str]] = [
     # stored as, quantization_config there, --dtype; quantization_config and torch_dtype then
     (FP8, UE8M0, None, UE8M0, "bfloat16"),
-    (FP8, UE8M0, "fp8", UE8M0, "bfloat16"),  # bits and scales are carried
     (FP8, UE8M0, "bfloat16", NO_KEY, "bfloat16"),
+    (FP8, BNB, None, QUANTIZATION, "bfloat16"),
+    ("BF16", UE8M0, "fp8", QUANTIZATION, "bfloat16"),  # scales are made here, no powers of two
+    ("BF16", BNB, None, NO_KEY, "bfloat16"),
+]
+MORE_CASES: list[tuple[str, dict[str, Any], str | None, dict[str, Any], str]] = [
+    (FP8, UE8M0, "fp8", UE8M0, "bfloat16"),  # bits and scales are carried
     (FP8, UE8M0, "float32", NO_KEY, "float32"),
     (FP8, NO_KEY, None, QUANTIZATION, "bfloat16"),
-    (FP8, BNB, None, QUANTIZATION, "bfloat16"),
     (FP8, STATIC, "fp8", QUANTIZATION, "bfloat16"),
-    ("BF16", UE8M0, "fp8", QUANTIZATION, "bfloat16"),  # scales are made here, no powers of two
     ("F32", BNB, "fp8", QUANTIZATION, "bfloat16"),
-    ("BF16", BNB, None, NO_KEY, "bfloat16"),
     ("BF16", UE8M0, None, NO_KEY, "bfloat16"),
     ("F16", NO_KEY, None, NO_KEY, "float16"),
     ("F16", NO_KEY, "float32", NO_KEY, "float32"),
@@ -56,7 +58,10 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize(("stored", "there", "dtype", "then", "torch_dtype"), CASES)
+@pytest.mark.parametrize(
+    ("stored", "there", "dtype", "then", "torch_dtype"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
+)
 def test_an_exports_quantization_and_dtype_are_what_was_written(
     tmp_path: Path,
     stored: str,
@@ -101,6 +106,7 @@ def test_other_libraries_files_and_keys_about_quantization_stay_behind(tmp_path:
     assert not [name for name in files if (tmp_path / "out" / name).exists()]
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_described_as_it_is_written(tmp_path: Path) -> None:
     """In FP8 and not, straight and by dsjax weights, which have no config.json of their own."""
     write_released(tmp_path / "fp8", V3, FP8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.stand_ins import Stage
+from tests.deploy.fake_tools import Stage
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from dsjax.cli import Parser, make_parser
 from dsjax.config_files import load_pretrain_config, load_run_config, refuse_placeholders
 from dsjax.serving.options import add_http
-from tests.deploy.stand_ins import Stage
+from tests.deploy.fake_tools import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = [ROOT / "docs" / f"{name}.md" for name in ("cloud-tpu", "gpu", "pods")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sharding.watch import LOST
-from tests.deploy.stand_ins import Stage
+from tests.deploy.fake_tools import Stage
 
 BUCKET = (
     "run_dir=gs://b/my run",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.stand_ins import GONE, Container, Stage
+from tests.deploy.fake_tools import GONE, Container, Stage
 from tests.deploy.test_scripts import RUN, TPU
 
 STARTED = ["run host0", "run host1"]

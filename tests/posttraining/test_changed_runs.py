@@ -181,6 +181,7 @@ def test_reinforcement_goes_on_with_other_settings_and_says_so(
     assert (folder / "rewards.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_reference_that_a_run_had_not_is_made_when_it_is_wanted(
     grpo_run: Path, tmp_path: Path
 ) -> None:
@@ -249,6 +250,7 @@ def test_reinforcement_refuses_what_its_checkpoint_cannot_be(
     refuse(grpo_run, tmp_path, says, lambda folder: grpo(grpo_config(folder, **changes), QUIET))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
